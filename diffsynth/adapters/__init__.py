@@ -1,0 +1,1 @@
+"""Small changes to large networks, and the files in which they travel."""

@@ -1,0 +1,70 @@
+"""LoRA added into the weights themselves, and taken out again without a trace."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from .state import LoraLayer, LoraState
+
+logger = logging.getLogger(__name__)
+
+_ATTRIBUTE = "_diffsynth_fused_loras"
+
+
+@dataclass
+class _Fused:
+    """What was added to a network, and its weights from before."""
+
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    applied: list[tuple[LoraState, float]] = field(default_factory=list)
+
+
+def fuse_lora(module: torch.nn.Module, layers: Mapping[str, torch.nn.Module], state: LoraState, strength: float) -> None:
+    """Add ``strength`` times a LoRA to the weights, summed in float32 from the untouched ones.
+
+    Args:
+        layers: Layer name -> the layer that holds the weight, of ``module``.
+    """
+    record: _Fused = module.__dict__.setdefault(_ATTRIBUTE, _Fused())
+    record.applied.append((state, strength))
+    coarse = False
+    for name in state.layers:
+        weight = layers[name].weight
+        if name not in record.originals:
+            record.originals[name] = weight.detach().to("cpu", copy=True)
+        original = record.originals[name].to(weight.device, torch.float32)
+        change = torch.zeros_like(original)
+        for applied, factor in record.applied:
+            if name in applied.layers:
+                change += _change(applied.layers[name], original, factor)
+        with torch.no_grad():
+            weight.copy_((original + change).to(weight.dtype))
+        coarse = coarse or weight.dtype.itemsize == 1
+    if coarse:
+        logger.warning("a LoRA was fused into float8 weights, whose steps are larger than most of its changes; "
+                       "hotload=True keeps it exact.")
+
+
+def unfuse_lora(module: torch.nn.Module, layers: Mapping[str, torch.nn.Module]) -> None:
+    """Restore the weights from before the first fused LoRA, bit for bit."""
+    record: _Fused | None = module.__dict__.pop(_ATTRIBUTE, None)
+    if record is None:
+        return
+    with torch.no_grad():
+        for name, original in record.originals.items():
+            layers[name].weight.copy_(original)
+
+
+def _change(layer: LoraLayer, original: torch.Tensor, strength: float) -> torch.Tensor:
+    delta = layer.delta(original.device) * strength
+    if layer.dora_scale is None:
+        return delta
+    # DoRA: rows of trained norm in the direction of the changed rows
+    moved = original + delta
+    norms = moved.flatten(1).norm(dim=1)
+    factors = layer.dora_scale.to(original.device, torch.float32).flatten() / norms
+    return moved * factors.reshape(-1, *[1] * (moved.ndim - 1)) - original

@@ -1,0 +1,289 @@
+"""Every option of training and generation, once: name, type, default, help.
+
+The command line, YAML files and Python read this schema. The groups of the help are the classes below.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from .core.options import BarList, CommaList, CommaText, JsonObject, Options, PathList
+
+
+class DatasetOptions(Options):
+    """Where the training pictures and their captions are."""
+
+    title: ClassVar[str] = "Data set"
+    dataset_base_path: str = Field("", description="Root folder of the data set.")
+    dataset_metadata_path: str | None = Field(
+        None, description="Metadata file: csv, json or jsonl. Left out: found in the data set's folder."
+    )
+    dataset_repeat: int = Field(1, ge=1, description="How often the data set is repeated in each epoch.")
+    dataset_num_workers: int = Field(0, ge=0, description="Processes that load data; 0 loads in the main process.")
+    data_file_keys: CommaList = Field(("image", "video"), description="Metadata columns that name files to be loaded.")
+
+
+class ModelOptions(Options):
+    """Which weights are loaded."""
+
+    title: ClassVar[str] = "Models"
+    family: str | None = Field(
+        None, description="Model family, for example flux. Left out: recognised from the model files."
+    )
+    model_paths: PathList = Field(
+        (), description="Paths of the models; a list inside the list is one model in several files."
+    )
+    model_id_with_origin_paths: CommaList = Field(
+        (), description="Models to download, each as MODEL_ID:FILE_PATTERN, separated by commas."
+    )
+    tokenizer_path: str | None = Field(
+        None, description="Folder that holds the tokenizer folders. Left out: looked for beside the weights."
+    )
+    extra_inputs: CommaList = Field((), description="Further columns of the metadata that the pipeline takes as inputs.")
+    fp8_models: PathList = Field(
+        (), description="Frozen models kept in FP8, as in --model_paths or --model_id_with_origin_paths, or by name."
+    )
+    preset_lora_path: str | None = Field(
+        None, description="LoRA merged into the base model before training (differential training)."
+    )
+    preset_lora_model: str | None = Field(None, description="Model that the preset LoRA is merged into, such as dit.")
+
+    @field_validator("fp8_models", mode="before")
+    @classmethod
+    def _ids_or_paths(cls, value: object) -> object:
+        if isinstance(value, str) and not value.lstrip().startswith(("[", '"')):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("model_id_with_origin_paths")
+    @classmethod
+    def _id_and_pattern(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            model_id, _, pattern = entry.partition(":")
+            if not model_id or not pattern:
+                raise ValueError(f"{entry!r} is not of the form MODEL_ID:FILE_PATTERN, for example "
+                                 f"black-forest-labs/FLUX.1-dev:ae.safetensors")
+        return value
+
+
+class TrainingOptions(Options):
+    """What is trained, how long, and with which optimizer."""
+
+    title: ClassVar[str] = "Training"
+    task: Literal["sft", "sft:data_process", "sft:train"] = Field(
+        "sft", description="Train; or only fill the cache of encoded data; or train from that cache alone."
+    )
+    trainable_models: CommaList = Field((), description="Models trained in full, for example dit or vae.")
+    learning_rate: float = Field(1e-4, gt=0, description="Learning rate; 1e-5 is usual for full training.")
+    num_epochs: int = Field(1, ge=1, description="Number of epochs.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps in all.")
+    steps_per_epoch: int | None = Field(
+        None, ge=1, description="Optimizer steps in an epoch, items repeating as needed. Left out: once through the data."
+    )
+    batch_size: int = Field(1, ge=1, description="Samples per process in one forward pass.")
+    seed: int = Field(0, ge=0, description="Seed of everything that is drawn at random.")
+    optimizer: str = Field("AdamW", description="Optimizer: a name in torch.optim or a dotted class.")
+    optimizer_args: JsonObject = Field({}, description="Further arguments of the optimizer.")
+    weight_decay: float = Field(0.01, ge=0, description="Weight decay of the optimizer.")
+    lr_scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = Field(
+        "constant", description="Course of the learning rate after the warm-up."
+    )
+    lr_warmup_steps: int = Field(0, ge=0, description="Optimizer steps over which the learning rate rises from 0.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field("bf16", description="Precision of the network; no = float32.")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...; auto takes the GPU where there is one.")
+    find_unused_parameters: bool = Field(
+        False, description="Several GPUs: allow trainable parameters that do not take part in the loss."
+    )
+
+
+class ObjectiveOptions(Options):
+    """At which noise levels the model is trained."""
+
+    title: ClassVar[str] = "Objective"
+    timestep_sampling: Literal["uniform", "logit_normal", "shifted"] = Field(
+        "shifted", description="Distribution of the noise levels; shifted = as the family's sampler visits them."
+    )
+    timestep_shift: float | None = Field(
+        None, gt=0, description="Shift of the noise levels towards noise. Left out: the family's own, if shifted."
+    )
+    timestep_weighting: Literal["none", "bell"] = Field(
+        "none", description="Weight of the loss by noise level: equal, or most in the middle."
+    )
+    caption_dropout: float = Field(0.0, ge=0, le=1, description="Share of captions replaced by the empty caption.")
+    max_sequence_length: int | None = Field(
+        None, ge=1, description="Tokens of a prompt at most. Left out: the family's own limit."
+    )
+    embedded_guidance: float = Field(1.0, description="Guidance value given to guidance-distilled models in training.")
+    max_sequence_length: int | None = Field(
+        None, ge=1, description="Tokens of a caption that are used. Left out: the family's own."
+    )
+
+
+class LoraOptions(Options):
+    """The adapter."""
+
+    title: ClassVar[str] = "LoRA"
+    lora_base_model: str | None = Field(None, description="Model that gets the LoRA, for example dit.")
+    lora_target_modules: CommaText = Field(
+        "", description="Layers that get a LoRA: names, or one regular expression. Left out: the family's usual layers."
+    )
+    lora_rank: int = Field(32, ge=1, description="Rank of both LoRA factors.")
+    lora_alpha: float | None = Field(None, gt=0, description="Scale; the LoRA acts with alpha / rank. Left out: the rank.")
+    lora_rslora: bool = Field(False, description="Rank-stabilised LoRA: scale alpha / sqrt(rank).")
+    lora_dora: bool = Field(False, description="DoRA: train the magnitude of each row as well.")
+    lora_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="Precision in which the LoRA is kept and trained."
+    )
+    lora_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the trained LoRA weights.")
+    lora_checkpoint: str | None = Field(None, description="LoRA file to start from.")
+    lora_format: Literal["auto", "diffsynth", "diffusers", "kohya", "comfyui"] = Field(
+        "auto", description="Naming in the saved file; auto is what most programs read for the family."
+    )
+
+
+class OutputOptions(Options):
+    """What is written, where, and when."""
+
+    title: ClassVar[str] = "Output"
+    output_path: str = Field("./models", min_length=1, description="Folder for everything the run writes.")
+    remove_prefix_in_ckpt: str | None = Field(
+        None, description='Prefix removed from the names in the saved file, for example "pipe.dit.".'
+    )
+    save_steps: int | None = Field(
+        None, ge=1, description="Optimizer steps between saved models. Left out: once per epoch."
+    )
+    keep_checkpoints: int | None = Field(None, ge=1, description="Keep the newest this many. Left out: all.")
+    checkpoint_names: Literal["newer", "older"] = Field(
+        "newer", description="step-N.safetensors, epoch-N.safetensors; or checkpoints/epoch=E-step=S.ckpt."
+    )
+    resume: str = Field("never", description="never; auto (continue in output_path if possible); or a state folder.")
+    cache: Literal["auto", "off"] = Field("auto", description="Keep the outputs of the frozen models on disk.")
+    cache_path: str | None = Field(None, description="Folder of that cache. Left out: {output_path}/cache.")
+    logger: Literal["none", "tensorboard"] = Field("none", description="Metrics besides metrics.jsonl.")
+
+
+class SamplingOptions(Options):
+    """Pictures drawn while training."""
+
+    title: ClassVar[str] = "Sample pictures"
+    sample_prompts: BarList = Field((), description="Prompts of the sample pictures, separated by |.")
+    sample_every: int | None = Field(
+        None, ge=1, description="Optimizer steps between samples. Left out: at each saved model."
+    )
+    sample_steps: int = Field(30, ge=1, description="Denoising steps of a sample picture.")
+    sample_cfg_scale: float = Field(1.0, ge=0, description="Classifier-free guidance of a sample picture; 1 = off.")
+
+
+class GradientOptions(Options):
+    """Memory against time."""
+
+    title: ClassVar[str] = "Gradients"
+    use_gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass.")
+    use_gradient_checkpointing_offload: bool = Field(
+        False, description="Keep the checkpointed activations in CPU memory."
+    )
+    gradient_accumulation_steps: int = Field(1, ge=1, description="Forward passes per optimizer step.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip gradients to this norm; 0 = never.")
+
+
+class ImageOptions(Options):
+    """Size of the training pictures; height and width together, or neither for dynamic resolution."""
+
+    title: ClassVar[str] = "Image size"
+    height: int | None = Field(None, ge=1, description="Height in pixels. Left out with width: dynamic resolution.")
+    width: int | None = Field(None, ge=1, description="Width in pixels. Left out with height: dynamic resolution.")
+    max_pixels: int = Field(
+        1048576, ge=256, description="Dynamic resolution: larger pictures are scaled down to this area."
+    )
+    center_crop: bool = Field(True, description="Crop at the centre; --no-center_crop crops at random places.")
+    random_flip: bool = Field(False, description="Flip pictures horizontally at random.")
+
+    @model_validator(mode="after")
+    def _both_or_neither(self) -> ImageOptions:
+        if (self.height is None) != (self.width is None):
+            given, missing = ("height", "width") if self.width is None else ("width", "height")
+            raise ValueError(f"--{given} is given without --{missing}; give both, or neither for dynamic resolution")
+        return self
+
+
+class TrainConfig(
+    DatasetOptions,
+    ModelOptions,
+    TrainingOptions,
+    ObjectiveOptions,
+    LoraOptions,
+    OutputOptions,
+    SamplingOptions,
+    GradientOptions,
+    ImageOptions,
+):
+    """Train a model or an adapter on pictures with captions."""
+
+    takes_config: ClassVar[bool] = True
+
+
+class InspectConfig(Options):
+    """Say what is in a checkpoint, a LoRA file or a data set."""
+
+    title: ClassVar[str] = "What to look at"
+    path: tuple[str, ...] = Field(
+        min_length=1, description="Weight file, its shards, model folder, LoRA file, metadata file or data set folder.",
+        json_schema_extra={"positional": True, "metavar": "PATH"},
+    )
+    as_json: bool = Field(False, description="Print JSON instead of tables.", json_schema_extra={"option": "json"})
+
+
+class DownloadConfig(Options):
+    """Fetch models by name into the models folder."""
+
+    title: ClassVar[str] = "What to fetch"
+    name: tuple[str, ...] = Field(
+        min_length=1, description="Names of models, for example FLUX.1-dev.",
+        json_schema_extra={"positional": True, "metavar": "NAME"},
+    )
+    source: Literal["modelscope", "huggingface"] | None = Field(
+        None, description="Hub. Left out: DIFFSYNTH_DOWNLOAD_SOURCE, else modelscope."
+    )
+
+
+class PromptOptions(Options):
+    """What is drawn."""
+
+    title: ClassVar[str] = "Picture"
+    prompt: str = Field("", description="What the picture shows.")
+    negative_prompt: str = Field("", description="What it must not show; needs a cfg_scale above 1.")
+    cfg_scale: float = Field(1.0, ge=0, description="Strength of classifier-free guidance; 1 = off.")
+    embedded_guidance: float = Field(3.5, description="Guidance value for guidance-distilled models.")
+    height: int = Field(1024, ge=1, description="Height in pixels.")
+    width: int = Field(1024, ge=1, description="Width in pixels.")
+    num_inference_steps: int = Field(30, ge=1, description="Denoising steps.")
+    seed: int | None = Field(None, ge=0, description="Seed of the noise. Left out: a new picture each time.")
+    num_images: int = Field(1, ge=1, description="Pictures drawn; the files are numbered when more than one.")
+    input_image: str | None = Field(None, description="Picture to start from.")
+    denoising_strength: float = Field(1.0, gt=0, le=1, description="How much of input_image is redrawn.")
+
+
+class GenerateModelOptions(Options):
+    """Which weights are loaded."""
+
+    title: ClassVar[str] = "Models"
+    family: str | None = ModelOptions.model_fields["family"]
+    model_paths: PathList = ModelOptions.model_fields["model_paths"]
+    model_id_with_origin_paths: CommaList = ModelOptions.model_fields["model_id_with_origin_paths"]
+    tokenizer_path: str | None = ModelOptions.model_fields["tokenizer_path"]
+    lora: CommaList = Field((), description="LoRA files, each as PATH or PATH:STRENGTH, separated by commas.")
+    torch_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Precision of the networks.")
+    device: str = TrainingOptions.model_fields["device"]
+
+
+class GenerateOutputOptions(Options):
+    """Where the pictures go."""
+
+    title: ClassVar[str] = "Output"
+    output: str = Field("image.png", min_length=1, description="File to write; its ending decides the format.")
+
+
+class GenerateConfig(PromptOptions, GenerateModelOptions, GenerateOutputOptions):
+    """Draw pictures from a prompt, with any number of LoRA files."""

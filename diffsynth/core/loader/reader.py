@@ -1,0 +1,220 @@
+"""The one place that opens weight files: safetensors and pickled ones, alone or in shards, without running any code."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+
+from ..errors import UserError
+from .header import Entry, read_header
+
+WRAPPERS = ("state_dict", "model_state", "module", "ema", "model", "params_ema", "params")
+SAMPLE_BYTES = 4096
+NUM_SAMPLES = 512
+WHOLE_BYTES = 64 * 2**20
+
+
+class TensorInfo(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class WeightReader:
+    """Tensors of one or several files (shards) as one lazy mapping; use it as a context manager.
+
+    Args:
+        paths: Weight files. Shards must be given completely (``files.weight_groups`` finds them).
+    Raises:
+        UserError: a file is missing, empty, truncated, of an unknown format, or tries to run code.
+    """
+
+    def __init__(self, paths: Path | str | Sequence[Path | str]) -> None:
+        listed = [paths] if isinstance(paths, (str, Path)) else list(paths)
+        self.paths = [Path(path) for path in listed]
+        self.tensors: dict[str, TensorInfo] = {}
+        self.metadata: dict[str, str] = {}
+        self._files: list[_SafetensorsFile | _PickleFile] = []
+        self._owner: dict[str, _SafetensorsFile | _PickleFile] = {}
+        for path in self.paths:
+            self._add(_open(path))
+
+    def _add(self, file: _SafetensorsFile | _PickleFile) -> None:
+        for key, info in file.tensors.items():
+            if key in self.tensors:
+                raise UserError(f"weight {key!r} is both in {self._owner[key].path} and in {file.path}; "
+                                "these files do not belong together, give only one of them.")
+            self.tensors[key] = info
+            self._owner[key] = file
+        self.metadata.update(file.metadata)
+        self._files.append(file)
+
+    def __enter__(self) -> WeightReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self._files:
+            file.close()
+
+    def get(self, key: str) -> torch.Tensor:
+        """Read one tensor, on the CPU in the dtype of the file."""
+        if key not in self._owner:
+            raise UserError(f"{self.describe()} holds no weight {key!r}; it holds {first_keys(self.tensors)}.")
+        return self._owner[key].get(key)
+
+    def owns(self, key: str) -> bool:
+        """Whether ``get`` returns fresh memory rather than a view of the mapped file."""
+        return isinstance(self._owner[key], _SafetensorsFile)
+
+    def fingerprint(self) -> str:
+        """A cheap hash of the content: sizes, headers and evenly sampled bytes; does not depend on names or times."""
+        digests = sorted(file.fingerprint() for file in self._files)
+        return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
+
+    def describe(self) -> str:
+        """The file's name for messages, or the first shard's and their number."""
+        return str(self.paths[0]) if len(self.paths) == 1 else f"{self.paths[0]} (and {len(self.paths) - 1} more)"
+
+
+def first_keys(tensors: Mapping[str, Any], count: int = 3) -> str:
+    """The first names of a file and how many there are, for messages."""
+    if not tensors:
+        return "no tensors at all"
+    names = ", ".join(repr(key) for key in list(tensors)[:count])
+    return f"{len(tensors)} tensors, for example {names}"
+
+
+def _open(path: Path) -> _SafetensorsFile | _PickleFile:
+    if not path.exists():
+        raise UserError(f"weight file {path} does not exist; check the path.")
+    if not path.is_file():
+        raise UserError(f"{path} is a folder where a weight file was expected.")
+    size = path.stat().st_size
+    if size == 0:
+        raise UserError(f"weight file {path} is empty (0 bytes); download it again.")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is only a git-lfs pointer, not the weights; run `git lfs pull` or download it again.")
+    if start.startswith(b"GGUF"):
+        raise UserError(f"{path} is a GGUF file, which cannot be read; use the safetensors file of this model.")
+    if start.lstrip()[:1] == b"<":
+        raise UserError(f"{path} is a web page, not weights; the download failed, repeat it.")
+    if start.startswith(b"PK") or start[:1] == b"\x80":
+        return _PickleFile(path)
+    if start[8:9] == b"{":
+        return _SafetensorsFile(path)
+    raise UserError(f"{path} is no weight file that can be read (its first bytes are {start[:8]!r}); "
+                    "expected safetensors or a PyTorch checkpoint.")
+
+
+class _SafetensorsFile:
+    """Reads with plain file reads: pages of a memory map would count against peak memory until the file is closed,
+    and a file that shrinks meanwhile would end the process instead of raising."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._entries, self.metadata, self._header = read_header(path)
+        self.tensors = {key: TensorInfo(entry.shape, entry.dtype) for key, entry in self._entries.items()}
+        self._file: BinaryIO | None = None
+
+    def get(self, key: str) -> torch.Tensor:
+        entry: Entry = self._entries[key]
+        if self._file is None:
+            self._file = self.path.open("rb", buffering=0)
+        if entry.start == entry.end:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        flat = torch.empty(entry.end - entry.start, dtype=torch.uint8)
+        view = memoryview(flat.numpy())
+        self._file.seek(entry.start)
+        done = 0
+        while done < len(view):
+            count = self._file.readinto(view[done:])  # type: ignore[attr-defined]
+            if not count:
+                raise UserError(f"{self.path} ended while tensor {key!r} was read; it changed meanwhile, try again.")
+            done += count
+        return flat.view(entry.dtype).reshape(entry.shape)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def fingerprint(self) -> str:
+        return _sampled_hash(self.path, self._header)
+
+
+class _PickleFile:
+    """A ``torch.save`` file, read by the restricted unpickler only."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata: dict[str, str] = {}
+        self._state = _unwrap(path, _load_pickle(path))
+        self.tensors = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in self._state.items()}
+
+    def get(self, key: str) -> torch.Tensor:
+        return self._state[key].detach()
+
+    def close(self) -> None:
+        self._state = {}
+
+    def fingerprint(self) -> str:
+        return _sampled_hash(self.path, b"")
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        if "Unsupported" not in str(error):
+            raise UserError(f"{path} is no readable PyTorch checkpoint; download it again.") from error
+        raise UserError(f"{path} is a pickle that holds more than tensors and could run code when opened, so it was "
+                        f"refused; use a safetensors file of this model.") from error
+    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, IndexError, TypeError) as error:
+        raise UserError(f"{path} is no readable PyTorch checkpoint, perhaps truncated ({_first_line(error)}); "
+                        "download it again.") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n", 1)[0][:160]
+
+
+def _unwrap(path: Path, content: Any) -> dict[str, torch.Tensor]:
+    """The state dict inside a checkpoint: its tensors, or those of the wrapper that holds them."""
+    for _ in range(3):
+        if not isinstance(content, Mapping):
+            break
+        tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
+        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if wrapper is None:
+            if tensors and all(isinstance(key, str) for key in tensors):
+                return tensors
+            break
+        content = content[wrapper]
+    raise UserError(f"{path} is a PyTorch file without a dictionary of tensors; expected a state dict.")
+
+
+def _sampled_hash(path: Path, header: bytes) -> str:
+    """Hash of size, header and bytes sampled evenly; everything for files of a few megabytes."""
+    size = path.stat().st_size
+    digest = hashlib.blake2b(header + size.to_bytes(8, "little"), digest_size=16)
+    stride = SAMPLE_BYTES if size <= WHOLE_BYTES else math.ceil(size / NUM_SAMPLES)
+    with path.open("rb") as file:
+        for position in [*range(0, size, stride), max(0, size - SAMPLE_BYTES)]:
+            file.seek(position)
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,77 @@
+"""Writing safetensors so that the old file survives whatever happens, and equal content gives equal bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from ..errors import UserError
+from .header import DTYPE_NAMES
+
+
+def save_safetensors(path: Path | str, tensors: Mapping[str, torch.Tensor],
+                     metadata: Mapping[str, str] | None = None) -> Path:
+    """Write beside the target, flush to the disk, then rename; a reader sees the old file or the complete new one.
+
+    The bytes depend on the content alone (the library writes its metadata in random order), and tensors are copied to
+    the CPU one at a time.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written; the previous file is untouched, nothing is left.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            _write(file, tensors, metadata or {})
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise UserError(f"cannot save {path}: {error.strerror or error}; the previous file, if any, is unchanged. "
+                        "Free some space or choose another output folder.") from error
+    finally:
+        _remove(temporary)
+    return path
+
+
+def _write(file: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    # widest dtype first, then by name: every tensor starts at a multiple of its element size
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(sorted({"format": "pt", **metadata}.items()))}
+    position = 0
+    for name in names:
+        tensor = tensors[name]
+        end = position + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        position = end
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    encoded += b" " * (-len(encoded) % 8)
+    file.write(len(encoded).to_bytes(8, "little") + encoded)
+    for name in names:
+        if tensors[name].numel():
+            flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
+            file.write(memoryview(flat.view(torch.uint8).numpy()))
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        path.unlink()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the rename itself durable; not every platform lets a folder be opened."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

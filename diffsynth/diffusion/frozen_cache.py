@@ -1,0 +1,172 @@
+"""Compute the frozen prefix once per item, keep it on disk, and train from it.
+
+Every unit of the prefix has entries of its own, keyed by everything its output depends on: the content of the file and
+the operations applied to it, or the final caption; the weights and the tokenizer; dtype; the constant inputs; and the
+unit itself. Equal captions share one entry, a changed picture leaves its caption's entry valid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..core.data.cache import CacheStore, entry_key
+from .unit import PipelineUnit, run_unit
+
+if TYPE_CHECKING:
+    from ..core.data import UnifiedDataset
+    from .training_module import PipelineTrainingModule
+
+logger = logging.getLogger(__name__)
+
+INPUT_COLUMNS = {"input_image": "image", "height": "image", "width": "image"}
+"""Inputs of the units that are made from another column of the data set than the one of their name."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One (item, variant, caption dropped or not) and the keys of its entries, one per unit of the prefix."""
+
+    item: int
+    variant: int
+    drop_caption: bool
+    keys: tuple[str, ...]
+
+
+class CachedDataset:
+    """A data set whose items are the outputs of the frozen prefix, read from the store."""
+
+    def __init__(self, dataset: UnifiedDataset, store: CacheStore, keys: dict[tuple[int, int, bool], tuple[str, ...]]):
+        self.dataset = dataset
+        self.store = store
+        self.keys = keys
+        self.num_rows = dataset.num_rows
+        self.num_variants = dataset.num_variants
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def bucket(self, item: int) -> Any:
+        return self.dataset.bucket(item)
+
+    def variant(self, item: int, epoch: int) -> int:
+        return self.dataset.variant(item, epoch)
+
+    def load(self, item: int, variant: int = 0, drop_caption: bool = False) -> dict[str, torch.Tensor]:
+        """Outputs of the frozen prefix for one item, batch dimension 1."""
+        outputs: dict[str, torch.Tensor] = {}
+        for key in self.keys[item % self.num_rows, variant, drop_caption]:
+            outputs.update(self.store.get(key))
+        return outputs
+
+
+def cache_frozen_prefix(
+    module: PipelineTrainingModule, dataset: UnifiedDataset, folder: Path, rank: int = 0, num_processes: int = 1,
+    progress=None,
+) -> CachedDataset:
+    """Encode what is not in the cache yet; this process does its share of the missing entries.
+
+    Args:
+        module: Training module; its ``prefix`` says what is frozen.
+        dataset: The pictures and captions.
+        folder: Where the entries are kept.
+        rank: Index of this process.
+        num_processes: Number of processes that do this at the same time.
+        progress: Wraps the list of jobs and shows how far it is.
+    Returns:
+        The data set to train from, complete once all processes are done.
+    """
+    store = CacheStore(folder)
+    jobs = list(_jobs(module, dataset))
+    claimed: set[str] = set()
+    missing: list[_Job] = []
+    for job in jobs:
+        wanted = {key for key in job.keys if key not in claimed and not store.has(key)}
+        claimed |= wanted
+        if wanted:
+            missing.append(job)
+    share = missing[rank::num_processes]
+    for job in share if progress is None else progress(share):
+        _encode(module, dataset, store, job)
+    logger.info("cache %s: %d of %d items had to be encoded", folder, len(missing), len(jobs))
+    return CachedDataset(dataset, store, {(job.item, job.variant, job.drop_caption): job.keys for job in jobs})
+
+
+def _jobs(module: PipelineTrainingModule, dataset: UnifiedDataset) -> Iterator[_Job]:
+    units = module.prefix.units
+    fingerprints = [_unit_fingerprint(module, unit) for unit in units]
+    columns = _columns_of_units(units)
+    for item in range(dataset.num_rows):
+        for variant in range(dataset.num_variants):
+            values = dataset.fingerprint(item, variant)
+            for drop in (False, True) if module.config.caption_dropout > 0 else (False,):
+                final = {**values, "prompt": ""} if drop else values
+                keys = tuple(
+                    entry_key(fingerprint, *(final.get(column, "") for column in wanted))
+                    for fingerprint, wanted in zip(fingerprints, columns, strict=True)
+                )
+                yield _Job(item, variant, drop, keys)
+
+
+def _columns_of_units(units: tuple[PipelineUnit, ...]) -> list[list[str]]:
+    """Columns of the data set that each unit depends on, through earlier units too."""
+    made_from: dict[str, set[str]] = {}
+    result = []
+    for unit in units:
+        columns: set[str] = set()
+        for name in (*unit.inputs, *unit.prompt_inputs):
+            columns |= made_from.get(name, {INPUT_COLUMNS.get(name, name)})
+        for output in unit.outputs:
+            made_from[output] = columns
+        result.append(sorted(columns))
+    return result
+
+
+def _unit_fingerprint(module: PipelineTrainingModule, unit: PipelineUnit) -> str:
+    pipe = module.pipe
+    constants = module.constant_inputs()
+    parts: list[object] = [f"{type(unit).__module__}.{type(unit).__qualname__}", pipe.torch_dtype]
+    parts += [f"{name}={constants[name]}" for name in unit.inputs if name in constants]
+    for name in unit.models:
+        network = getattr(pipe, name)
+        if network is not None:
+            pipe_source = getattr(network, "_diffsynth_source", None)
+            parts.append(pipe_source.fingerprint if pipe_source else _weights_fingerprint(network))
+            parts.append(sorted(getattr(network, "_diffsynth_loras", [])))
+    if unit.prompt_inputs:
+        parts += [_tokenizer_fingerprint(getattr(pipe, name)) for name in pipe.family().tokenizers]
+    return entry_key(*parts)
+
+
+def _weights_fingerprint(network: torch.nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _tokenizer_fingerprint(tokenizer: Any) -> str:
+    text = f"{tokenizer.model_max_length}|{sorted(tokenizer.get_vocab().items())}|{tokenizer.special_tokens_map}"
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+@torch.no_grad()
+def _encode(module: PipelineTrainingModule, dataset: UnifiedDataset, store: CacheStore, job: _Job) -> None:
+    data = dataset.load(job.item, job.variant)
+    if job.drop_caption:
+        data = {**data, "prompt": ""}
+    shared, posi, nega = module.pipeline_inputs(data)
+    for unit, key in zip(module.prefix.units, job.keys, strict=True):
+        if store.has(key):
+            (posi if unit.prompt_inputs else shared).update(store.get(key))
+            continue
+        shared, posi, nega = run_unit(unit, module.pipe, shared, posi, nega)
+        side = posi if unit.prompt_inputs else shared
+        store.put(key, {name: side[name] for name in unit.outputs if side.get(name) is not None})

@@ -1,0 +1,300 @@
+"""The training loop, and what is set up before it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBar
+from rich.progress import Task as BarTask
+from rich.text import Text
+
+from ..config import TrainConfig
+from ..core import random
+from ..core.errors import RunStopped
+from .checkpoint import (
+    Progress,
+    TrainingState,
+    check_output_folder,
+    find_state,
+    load_state,
+    refuse_changed_options,
+    save_state,
+)
+from .frozen_cache import cache_frozen_prefix
+from .logger import ModelLogger
+from .optim import build_lr_scheduler, build_optimizer
+from .previews import Previews
+from .step_plan import MicroBatch, RequestedItems, StepPlan, load_windows
+from .training_module import DiffusionTrainingModule, PipelineTrainingModule
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+OPTIONS_THAT_MAY_CHANGE = frozenset((
+    "output_path", "resume", "device", "dataset_num_workers", "num_epochs", "max_steps", "save_steps",
+    "keep_checkpoints", "logger", "cache", "cache_path", "sample_prompts", "sample_every", "sample_steps",
+    "sample_cfg_scale", "find_unused_parameters", "use_gradient_checkpointing", "use_gradient_checkpointing_offload",
+    "dataset_base_path", "dataset_metadata_path", "model_paths", "tokenizer_path", "lora_format",
+    "remove_prefix_in_ckpt", "checkpoint_names", "batch_size", "gradient_accumulation_steps",
+))
+"""Options that a resumed run may change, because they change what is written or how fast, not what is learned. Batch
+size and accumulation may change against each other; their product is compared on its own."""
+
+
+def launch_training_task(
+    accelerator: Accelerator,
+    dataset: Any,
+    model: DiffusionTrainingModule,
+    model_logger: ModelLogger,
+    config: TrainConfig | None = None,
+    **options: Any,
+) -> None:
+    """Train ``model`` on ``dataset`` and write what comes out through ``model_logger``.
+
+    Args:
+        accelerator: Device, precision and processes.
+        dataset: A ``UnifiedDataset``, or anything with a length and items.
+        model: The module whose forward is a loss.
+        model_logger: Where weights and metrics go.
+        config: The run's options; default those of the schema.
+        **options: Single options of the schema by name, on top of ``config``.
+    Raises:
+        UserError: an option is unknown or wrong, or the output folder holds another run.
+        RunStopped: the loss or a gradient is not a finite number.
+    """
+    config = (config or TrainConfig()).replace(output_path=str(model_logger.output_path), **options)
+    check_output_folder(model_logger.output_path, config.resume)
+    task = _Task(accelerator, dataset, model, model_logger, config)
+    if config.task == "sft:data_process":
+        return
+    task.resume()
+    task.run()
+
+
+class _Task:
+    """One training run: what the loop works with, set up in order."""
+
+    def __init__(
+        self, accelerator: Accelerator, dataset: Any, model: DiffusionTrainingModule, model_logger: ModelLogger,
+        config: TrainConfig,
+    ) -> None:
+        self.accelerator, self.model, self.files, self.config = accelerator, model, model_logger, config
+        self.is_main = accelerator.is_main_process
+        self.previews = self._prepare_previews()
+        dataset = self._cache(dataset)
+        self.items = RequestedItems(dataset, config.seed, config.caption_dropout)
+        self.plan = StepPlan(
+            [dataset.bucket(item) if hasattr(dataset, "bucket") and config.batch_size > 1 else None for item in range(len(dataset))],
+            batch_size=config.batch_size, accumulation_steps=config.gradient_accumulation_steps,
+            num_processes=accelerator.num_processes, rank=accelerator.process_index, seed=config.seed,
+            steps_per_epoch=config.steps_per_epoch,
+        )
+        self.total_steps = self.plan.steps_per_epoch * config.num_epochs
+        if config.max_steps:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        self.parameters = model.trainable_parameters()
+        optimizer = build_optimizer(self.parameters.values(), config)
+        self.lr_scheduler = build_lr_scheduler(optimizer, config, self.total_steps)
+        self.network, self.optimizer = accelerator.prepare(model, optimizer)
+        self.progress = Progress()
+
+    def _prepare_previews(self) -> Previews | None:
+        config = self.config
+        if not (config.sample_prompts and self.is_main and isinstance(self.model, PipelineTrainingModule)):
+            return None
+        pipe = self.model.pipe
+        side = math.isqrt(config.max_pixels)
+        return Previews(
+            pipe, config.sample_prompts, self.files.output_path,
+            height=config.height or side // pipe.height_division_factor * pipe.height_division_factor,
+            width=config.width or side // pipe.width_division_factor * pipe.width_division_factor,
+            num_inference_steps=config.sample_steps, cfg_scale=config.sample_cfg_scale, seed=config.seed,
+        )
+
+    def _cache(self, dataset: Any) -> Any:
+        """Encode the frozen prefix once, then let go of the models that only it needs."""
+        config, model = self.config, self.model
+        if config.cache == "off" or not isinstance(model, PipelineTrainingModule) or not model.prefix.units:
+            return dataset
+        folder = Path(config.cache_path) if config.cache_path else self.files.output_path / "cache"
+        with _progress_bar(self.is_main) as bar:
+            cached = cache_frozen_prefix(
+                model, dataset, folder, self.accelerator.process_index, self.accelerator.num_processes,
+                lambda jobs: _track(bar, jobs),
+            )
+        self.accelerator.wait_for_everyone()
+        model.prefix_cached = True
+        kept = ("vae",) if self.previews else ()
+        model.pipe.release(name for name in model.prefix.released_models if name not in kept)
+        return cached
+
+    def resume(self) -> None:
+        """Continue from the newest complete state, where the options say so and there is one."""
+        folder = find_state(self.files.output_path, self.config.resume)
+        if folder is None:
+            return
+        state = load_state(folder)
+        refuse_changed_options(state.options, self._fixed_options())
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(state.weights[name])
+        self.optimizer.load_state_dict(state.optimizer)
+        self.lr_scheduler.load_state_dict(state.lr_scheduler)
+        if self.accelerator.scaler is not None and state.scaler:
+            self.accelerator.scaler.load_state_dict(state.scaler)
+        self.progress = state.progress
+        logger.info("resumed from %s", folder)
+
+    def run(self) -> None:
+        """Train to the end."""
+        with ExitStack() as stack:
+            if self.is_main:
+                self.files.start(self.config, self.progress.step)
+                stack.callback(self.files.close)
+            if self.previews and self.progress.step == 0:
+                self._draw_previews()
+            bar = stack.enter_context(_progress_bar(self.is_main))
+            bar_task = bar.add_task("training", total=self.total_steps, completed=self.progress.step, loss="")
+            train(self, lambda loss: bar.update(bar_task, completed=self.progress.step, loss=f"loss {loss:.4f}"))
+            if self.is_main:
+                self.files.flush()
+                self.files.draw_curve()
+
+    def save(self, epoch: int | None) -> None:
+        """Write the weights, then the state, on the main process; the others wait."""
+        if self.is_main:
+            self.files.flush()
+            self.files.save(self.model, step=self.progress.step, epoch=epoch)
+            scaler = self.accelerator.scaler
+            save_state(self.files.output_path / "state", TrainingState(
+                self.progress, {name: p.detach() for name, p in self.parameters.items()}, self.optimizer.state_dict(),
+                self.lr_scheduler.state_dict(), scaler.state_dict() if scaler is not None else {}, self._fixed_options(),
+            ))
+            self.files.draw_curve()
+        self.accelerator.wait_for_everyone()
+
+    def _draw_previews(self) -> None:
+        if self.previews:
+            with self.accelerator.autocast():
+                self.previews.draw(self.progress.step)
+
+    def _fixed_options(self) -> dict[str, Any]:
+        options = {
+            name: value for name, value in self.config.model_dump(mode="json").items()
+            if name not in OPTIONS_THAT_MAY_CHANGE
+        }
+        return {**options, "items per step": self.plan.step_size}
+
+
+def train(task: _Task, report: Any) -> None:
+    """The loop: loss, backward, check, clip, step, schedule, log, save, preview."""
+    progress, config, plan = task.progress, task.config, task.plan
+    while progress.step < task.total_steps:
+        windows = load_windows(
+            task.items, plan, progress.epoch, progress.step_in_epoch, task.model.collate, config.dataset_num_workers
+        )
+        for window, micro_batches in windows:
+            loss = accumulate_gradients(task, micro_batches)
+            grad_norm = clip_gradients(task)
+            stop_unless_finite(task, window, loss, grad_norm)
+            learning_rate = task.lr_scheduler.get_last_lr()[0]
+            task.optimizer.step()
+            task.lr_scheduler.step()
+            task.optimizer.zero_grad()
+            progress.step += 1
+            progress.step_in_epoch += 1
+            row = dict(step=progress.step, epoch=progress.epoch, loss=loss.item(), lr=learning_rate,
+                       grad_norm=grad_norm.item(), items=len(window))
+            task.files.log(row) if task.is_main else None
+            report(row["loss"])
+            ended = progress.step_in_epoch == plan.steps_per_epoch
+            epoch_that_ended = progress.epoch if ended else None
+            if ended:
+                progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+            finished = progress.step == task.total_steps
+            if config.save_steps is None:
+                if ended or finished:
+                    task.save(epoch_that_ended)
+            elif progress.step % config.save_steps == 0 or finished:
+                task.save(None)
+            if progress.step % (config.sample_every or task.total_steps) == 0 or finished:
+                task._draw_previews()
+            if finished:
+                return
+
+
+def accumulate_gradients(task: _Task, micro_batches: list[MicroBatch]) -> torch.Tensor:
+    """Sum the gradients of a window, weighted by items, and return its mean loss over all processes."""
+    accelerator, config = task.accelerator, task.config
+    total = torch.zeros((), device=accelerator.device)
+    for index, batch in enumerate(micro_batches):
+        last = index == len(micro_batches) - 1
+        with nullcontext() if last else accelerator.no_sync(task.network):
+            items = batch.items or [0]
+            with random.keyed_items(config.seed, task.progress.epoch, items):
+                loss = task.network(batch.data)
+            # DDP averages over processes, so that every process counts num_processes fold
+            _backward(accelerator, loss * (batch.weight * accelerator.num_processes))
+        total = total + loss.detach().float() * batch.weight
+    return accelerator.reduce(total, "sum")
+
+
+def _backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
+    """Backward with the loss scale of fp16, and without accelerate's own division by the accumulation steps."""
+    if accelerator.scaler is not None:
+        accelerator.scaler.scale(loss).backward()
+    else:
+        loss.backward()
+
+
+def clip_gradients(task: _Task) -> torch.Tensor:
+    """Clip the gradients to ``max_grad_norm`` (0: never) and return their norm before, float32."""
+    accelerator = task.accelerator
+    if accelerator.scaler is not None:
+        accelerator.unscale_gradients(task.optimizer)
+    limit = task.config.max_grad_norm or math.inf
+    return torch.nn.utils.clip_grad_norm_(task.parameters.values(), limit)
+
+
+def stop_unless_finite(task: _Task, window: list[int], loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+    """Raise ``RunStopped`` before a number that is not finite reaches the weights."""
+    finite = torch.isfinite(loss) & (torch.isfinite(grad_norm) | (task.accelerator.scaler is not None))
+    if not bool(finite):
+        raise RunStopped(
+            f"step {task.progress.step + 1}: loss {loss.item()}, gradient norm {grad_norm.item()} are not finite numbers "
+            f"(items {window[:8]}); the weights were left as they were after step {task.progress.step}. "
+            "Try a lower --learning_rate, or --mixed_precision no."
+        )
+
+
+def _track(bar: ProgressBar, jobs: list) -> Iterator:
+    task = bar.add_task("encoding", total=len(jobs), loss="")
+    for job in jobs:
+        yield job
+        bar.advance(task)
+
+
+class _SpeedColumn(ProgressColumn):
+    """Steps per second, or seconds per step when they are slow."""
+
+    def render(self, task: BarTask) -> Text:
+        if not task.speed:
+            return Text("")
+        return Text(f"{task.speed:.1f}/s" if task.speed >= 1 else f"{1 / task.speed:.1f} s each")
+
+
+def _progress_bar(enabled: bool) -> ProgressBar:
+    return ProgressBar(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _SpeedColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"), disable=not enabled,
+    )

@@ -1,0 +1,218 @@
+"""The module that is trained: a pipeline whose forward is a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..core.errors import UserError, did_you_mean
+from .base_pipeline import BasePipeline
+from .loss import FlowMatchSFTLoss
+from .unit import FrozenPrefix, Inputs, frozen_prefix, run_unit
+
+if TYPE_CHECKING:
+    from ..adapters.lora import LoraState
+    from ..config import TrainConfig
+
+Item = dict[str, Any]
+
+
+class DiffusionTrainingModule(torch.nn.Module):
+    """Base of everything that ``launch_training_task`` trains.
+
+    A subclass loads a pipeline in ``__init__``, calls ``switch_pipe_to_training_mode`` and returns a loss from
+    ``forward``; see ``examples/flux/model_training/special/simple/train.py``.
+    """
+
+    pipe: BasePipeline
+
+    def switch_pipe_to_training_mode(
+        self,
+        pipe: BasePipeline,
+        trainable_models: str | None = None,
+        lora_base_model: str | None = None,
+        lora_target_modules: str = "",
+        lora_rank: int = 32,
+        lora_alpha: float | None = None,
+        lora_checkpoint: str | None = None,
+        preset_lora_path: str | None = None,
+        preset_lora_model: str | None = None,
+        fp8_models: Sequence[str] = (),
+        lora_rslora: bool = False,
+        lora_dora: bool = False,
+        lora_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        """Freeze the pipeline, then make the asked-for weights trainable.
+
+        Args:
+            pipe: A loaded pipeline.
+            trainable_models: Components to train fully, separated by commas; they are kept in float32.
+            lora_base_model: Component that a LoRA is trained for.
+            lora_target_modules: Layer names separated by commas, or one regular expression; empty takes the family's.
+            lora_rank: Rank of both factors.
+            lora_alpha: The change is ``alpha / rank * B @ A``; default the rank.
+            lora_checkpoint: LoRA file to start from. This starts a new run; ``resume`` continues one.
+            preset_lora_path: LoRA file merged into ``preset_lora_model`` before training (differential training).
+            preset_lora_model: Component that the preset LoRA is merged into.
+            fp8_models: Components whose linear layers are stored in float8; they must not be fully trained.
+            lora_rslora: Scale by ``alpha / sqrt(rank)``. Source: arXiv:2312.03732.
+            lora_dora: Train magnitude and direction apart. Source: arXiv:2402.09353.
+            lora_dtype: Dtype of the trained factors.
+            seed: Seed of the factors' initial values.
+        Raises:
+            UserError: a component or a layer does not exist, or nothing would be trained.
+        """
+        from ..adapters.lora import inject_lora, load_lora_file, load_lora_weights
+        from ..core.memory import store_in_fp8
+
+        self.lora_models: list[str] = []
+        pipe.requires_grad_(False).train(False)
+        if preset_lora_path:
+            pipe.load_lora(self._component(pipe, preset_lora_model or lora_base_model or "dit"), preset_lora_path)
+        full = _names(trainable_models)
+        for name in full:
+            self._component(pipe, name).to(torch.float32).requires_grad_(True).train()
+        for name in fp8_models:
+            if name in full:
+                raise UserError(f"fp8_models names {name!r}, which is trained fully; float8 weights cannot be updated.")
+            store_in_fp8(self._component(pipe, name))
+        if lora_base_model:
+            network = self._component(pipe, lora_base_model)
+            targets = lora_target_modules or ",".join(pipe.family().default_lora_targets)
+            inject_lora(network, pipe.family(), targets, lora_rank, lora_alpha, rslora=lora_rslora, dora=lora_dora,
+                        dtype=lora_dtype, seed=seed)
+            network.train()
+            self.lora_models.append(lora_base_model)
+            if lora_checkpoint:
+                load_lora_weights(network, load_lora_file(lora_checkpoint, pipe.family()), lora_base_model)
+        elif lora_checkpoint:
+            raise UserError("lora_checkpoint was given without lora_base_model; say which model it belongs to.")
+        self.full_models = full
+        if not full and not lora_base_model:
+            raise UserError("nothing would be trained; set --trainable_models, or --lora_base_model with "
+                            "--lora_target_modules.")
+
+    @staticmethod
+    def _component(pipe: BasePipeline, name: str) -> torch.nn.Module:
+        names = [component.name for component in pipe.family().components]
+        if name not in names:
+            raise UserError(f"{type(pipe).__name__} has no model {name!r}; it has {', '.join(names)}."
+                            f"{did_you_mean(name, names)}")
+        pipe.require_models([name])
+        return getattr(pipe, name)
+
+    def trainable_models(self) -> list[str]:
+        """Pipeline attributes of which any weight is trained."""
+        return list(dict.fromkeys([*self.full_models, *self.lora_models]))
+
+    def trainable_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Name -> parameter of everything that is trained, in a fixed order."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def export_full_models(self) -> dict[str, torch.Tensor]:
+        """Weights of the fully trained components by parameter name (``pipe.dit.x_embedder.weight``)."""
+        prefixes = tuple(f"pipe.{name}." for name in self.full_models)
+        return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(prefixes)}
+
+    def export_lora(self) -> dict[str, LoraState]:
+        """Component -> the adapter trained for it."""
+        from ..adapters.lora import lora_state
+
+        return {name: lora_state(getattr(self.pipe, name)) for name in self.lora_models}
+
+    def collate(self, items: list[Item]) -> Any:
+        """One batch from several items: the item itself when there is one, else a dictionary of lists."""
+        return items[0] if len(items) == 1 else {key: [item[key] for item in items] for key in items[0]}
+
+
+class PipelineTrainingModule(DiffusionTrainingModule):
+    """Supervised training of any family: the pipeline's own units, then the loss.
+
+    Args:
+        pipe: A loaded pipeline.
+        config: The run's options.
+    """
+
+    data_columns = ("image", "prompt")
+    """Columns of the data set that the units read, as ``input_image`` and ``prompt``."""
+
+    def __init__(self, pipe: BasePipeline, config: TrainConfig) -> None:
+        super().__init__()
+        self.pipe = pipe
+        self.config = config
+        self.extra_inputs = _names(config.extra_inputs)
+        self.switch_pipe_to_training_mode(
+            pipe, config.trainable_models, config.lora_base_model, config.lora_target_modules, config.lora_rank,
+            config.lora_alpha, config.lora_checkpoint, config.preset_lora_path, config.preset_lora_model,
+            _names(config.fp8_models), config.lora_rslora, config.lora_dora,
+            getattr(torch, config.lora_dtype), config.seed,
+        )
+        self.prefix: FrozenPrefix = frozen_prefix(pipe.units, self.trainable_models(), pipe.denoiser_models)
+        self.prefix_cached = False
+
+    def pipeline_inputs(self, data: Item) -> tuple[Inputs, Inputs, Inputs]:
+        """What the caller of the pipeline would give to draw these pictures; values may be lists of a batch."""
+        images = data["image"] if isinstance(data["image"], list) else [data["image"]]
+        shared: Inputs = {
+            "input_image": images, "width": images[0].size[0], "height": images[0].size[1], "batch_size": len(images),
+            **self.constant_inputs(),
+        }
+        shared.update({name: data[name] for name in self.extra_inputs})
+        prompts = data["prompt"] if isinstance(data["prompt"], list) else [data["prompt"]]
+        return shared, {"prompt": prompts}, {}
+
+    def constant_inputs(self) -> Inputs:
+        """Inputs that are the same for every item."""
+        return {
+            "cfg_scale": 1,
+            "rand_device": self.pipe.device,
+            "max_sequence_length": self.config.max_sequence_length,
+            "embedded_guidance": self.config.embedded_guidance,
+            "use_gradient_checkpointing": self.config.use_gradient_checkpointing,
+            "use_gradient_checkpointing_offload": self.config.use_gradient_checkpointing_offload,
+        }
+
+    @torch.no_grad()
+    def encode(self, data: Item, units: Iterable | None = None) -> Inputs:
+        """Run the frozen prefix and return its outputs, batch dimension first."""
+        shared, posi, nega = self.pipeline_inputs(data)
+        for unit in units if units is not None else self.prefix.units:
+            shared, posi, nega = run_unit(unit, self.pipe, shared, posi, nega)
+        return {name: {**shared, **posi}[name] for name in self.prefix.outputs if name in shared or name in posi}
+
+    def collate(self, items: list[Item]) -> Any:
+        """Tensors of cached items are joined along the batch; other columns become lists."""
+        def join(values: list) -> Any:
+            if isinstance(values[0], torch.Tensor):
+                return torch.cat(values) if len(values) > 1 else values[0]
+            return values
+
+        return {key: join([item[key] for item in items]) for key in items[0]}
+
+    def forward(self, data: Item) -> torch.Tensor:
+        """Mean loss of a batch of raw items (pictures and prompts) or of cached ones (latents and embeddings)."""
+        if self.prefix_cached:
+            inputs = {
+                name: value.to(self.pipe.device, self.pipe.torch_dtype if value.is_floating_point() else None)
+                for name, value in data.items()
+            }
+            batch_size = next(iter(inputs.values())).shape[0]
+            shared: Inputs = {**self.constant_inputs(), **inputs, "batch_size": batch_size}
+            posi: Inputs = {}
+            units = [unit for unit in self.prefix.remaining if not unit.draws_noise and unit.models]
+        else:
+            shared, posi, _ = self.pipeline_inputs(data)
+            units = [unit for unit in self.pipe.units if not unit.draws_noise]
+        for unit in units:
+            shared, posi, _ = run_unit(unit, self.pipe, shared, posi, {})
+        return FlowMatchSFTLoss(self.pipe, **{**shared, **posi})
+
+
+def _names(comma_separated: str | Sequence[str] | None) -> list[str]:
+    if not comma_separated:
+        return []
+    listed = comma_separated.split(",") if isinstance(comma_separated, str) else list(comma_separated)
+    return [name.strip() for name in listed if name.strip()]

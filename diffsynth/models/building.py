@@ -1,0 +1,118 @@
+"""Building a network on the meta device and streaming weights into it, so that memory holds the model once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from ..core.errors import UserError
+from ..core.loader.reader import WeightReader
+from .keymap import to_ours
+from .recognition import Found
+from .spec import ComponentSpec
+
+# what layers allocate their weights with; arange, tensor and the like fill small buffers and stay real
+_ALLOCATORS = frozenset({torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn, torch.full})
+
+
+class _WeightsOnMeta(TorchFunctionMode):
+    """Weights cost nothing while a network is constructed, buffers that no file holds get their values."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _ALLOCATORS and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def build_empty(spec: ComponentSpec, config: Mapping[str, Any]) -> nn.Module:
+    """The network with its weights on the meta device, in eval mode.
+
+    Raises:
+        UserError: the class does not accept this configuration.
+    """
+    network_class = spec.load_class()
+    try:
+        with _WeightsOnMeta():
+            module = _construct(network_class, config)
+    except (TypeError, ValueError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        raise UserError(f"{network_class.__name__} cannot be built from the configuration {dict(config)}: "
+                        f"{error}") from error
+    return module.eval()
+
+
+def _construct(network_class: Any, config: Mapping[str, Any]) -> nn.Module:
+    config_class = getattr(network_class, "config_class", None)
+    if config_class is not None:  # transformers
+        return network_class(config_class(**config))
+    accepted = inspect.signature(network_class.__init__).parameters
+    return network_class(**{name: value for name, value in config.items() if name in accepted})
+
+
+def stream_weights(module: nn.Module, found: Found, reader: WeightReader, torch_dtype: torch.dtype,
+                   device: torch.device | str) -> None:
+    """Read, convert and assign one tensor of the file after the other.
+
+    Raises:
+        UserError: a weight has another shape than the network.
+    """
+    targets: dict[str, torch.Tensor] = {**dict(module.named_parameters(remove_duplicate=False)),
+                                        **dict(module.named_buffers(remove_duplicate=False))}
+    keep_float32 = _float32_names(module, torch_dtype)
+    tied = {**found.spec.tied, **{second: first for first, second in found.spec.tied.items()}}
+    for key, match in found.sources.items():
+        parts = to_ours(match.rule, reader.get(key))
+        for ours, part in zip(match.ours, parts, strict=True):
+            if part.shape != targets[ours].shape:
+                raise UserError(f"weight {key!r} of {reader.describe()} has shape {tuple(part.shape)} for {ours!r}, "
+                                f"but {type(module).__name__} needs {tuple(targets[ours].shape)}; the file or the "
+                                "configuration beside it belongs to another model.")
+            dtype = torch.float32 if any(name in ours.split(".") for name in keep_float32) else torch_dtype
+            tensor = part.to(device=device, dtype=dtype if part.is_floating_point() else part.dtype)
+            # a view would keep the whole fused tensor, or the file's memory map, alive
+            owned = tensor.untyped_storage().nbytes() == tensor.nbytes and reader.owns(key)
+            names = [ours, tied[ours]] if ours in tied else [ours]
+            _assign(module, names, tensor if owned or tensor is not part else tensor.clone())
+    _finish_buffers(module, device)
+
+
+def _assign(module: nn.Module, names: list[str], tensor: torch.Tensor) -> None:
+    """Put one tensor in the place of a weight, or of two that are tied."""
+    value: torch.Tensor | None = None
+    for name in names:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner_name)
+        if leaf in owner._parameters:
+            old = owner._parameters[leaf]
+            assert old is not None
+            if value is None:
+                value = nn.Parameter(tensor, requires_grad=old.requires_grad and tensor.is_floating_point())
+            owner._parameters[leaf] = value  # type: ignore[assignment]
+        else:
+            owner._buffers[leaf] = tensor
+
+
+def _finish_buffers(module: nn.Module, device: torch.device | str) -> None:
+    for owner in module.modules():
+        for leaf, buffer in owner._buffers.items():
+            if buffer is not None:
+                assert not buffer.is_meta, f"{type(owner).__name__}.{leaf} has no value after loading"
+                owner._buffers[leaf] = buffer.to(device)
+    for name, parameter in module.named_parameters():
+        assert not parameter.is_meta, f"{name} has no value after loading"
+
+
+def _float32_names(module: nn.Module, torch_dtype: torch.dtype) -> set[str]:
+    """Layers that the class itself keeps in float32 when the rest is halved, as ``from_pretrained`` does."""
+    if torch_dtype not in (torch.float16, torch.bfloat16):
+        return set()
+    names = set(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+    transformers = hasattr(module, "_keep_in_fp32_modules_strict")
+    if torch_dtype == torch.float16 or not transformers:
+        names |= set(getattr(module, "_keep_in_fp32_modules", None) or ())
+    return names

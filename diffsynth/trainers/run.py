@@ -1,0 +1,300 @@
+"""A training run of any family, from its options to its last checkpoint.
+
+Everything that can be checked is checked before a model is loaded: options against each other, files, data set,
+sizes, device. Then pipeline, training module and logger are built and handed to the one training loop.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from ..config import TrainConfig
+from ..core.errors import UserError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from ..core.data import UnifiedDataset
+    from ..core.loader import ModelConfig
+    from ..diffusion.base_pipeline import BasePipeline
+    from ..diffusion.training_module import PipelineTrainingModule
+    from ..models.spec import ModelFamily
+
+
+def train(config: TrainConfig) -> None:
+    """Run the training that the options describe, under whatever launcher started this process.
+
+    Raises:
+        UserError: an option, a file or the data set is not as it must be; nothing has been written then.
+    """
+    from ..core.device import choose_device
+    from ..diffusion.checkpoint import check_output_folder
+
+    check_options(config)
+    check_output_folder(Path(config.output_path), config.resume)
+    choose_device(config.device)
+    dataset = build_dataset(config)
+    dataset.check()
+    configs = model_configs(config)
+    family = choose_family(config.family, configs)
+    check_size(config, family, configs)
+    accelerator = build_accelerator(config)
+    # no process may write before the others have looked at the output folder
+    accelerator.wait_for_everyone()
+    model = build_model(config, family, configs, accelerator.device)
+    launch(config, accelerator, dataset, model)
+
+
+def launch(
+    config: TrainConfig, accelerator: Accelerator, dataset: UnifiedDataset, model: PipelineTrainingModule
+) -> None:
+    """Hand a loaded model and a checked data set to the training loop."""
+    from ..diffusion.logger import ModelLogger
+    from ..diffusion.runner import launch_training_task
+
+    pipe = model.pipe
+    bound = build_dataset(config, (pipe.height_division_factor, pipe.width_division_factor))
+    model_logger = ModelLogger(
+        config.output_path, config.remove_prefix_in_ckpt, config.lora_format, config.keep_checkpoints,
+        config.checkpoint_names, tensorboard=config.logger == "tensorboard",
+    )
+    launch_training_task(accelerator, bound, model, model_logger, config)
+
+
+def check_options(config: TrainConfig) -> None:
+    """Options that a run needs, and options that would have no effect."""
+    if not config.dataset_base_path and not config.dataset_metadata_path:
+        raise UserError("no data set is given; set --dataset_base_path to its folder.")
+    if not config.model_paths and not config.model_id_with_origin_paths:
+        raise UserError("no model is given; set --model_paths or --model_id_with_origin_paths.")
+    if not config.trainable_models and not config.lora_base_model:
+        raise UserError("nothing would be trained; set --lora_base_model dit for a LoRA, or --trainable_models dit.")
+    for needed, dependent in _NEEDS.items():
+        for name in dependent:
+            if config.origins[name] != "default" and not getattr(config, needed):
+                default = TrainConfig.model_fields[name].default
+                if getattr(config, name) != default:
+                    raise UserError(f"--{name} has no effect without --{needed}; set --{needed} or leave --{name} out.")
+    if config.use_gradient_checkpointing_offload and not config.use_gradient_checkpointing:
+        raise UserError("--use_gradient_checkpointing_offload needs --use_gradient_checkpointing.")
+    for name in ("lora_checkpoint", "preset_lora_path"):
+        path = getattr(config, name)
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"--{name}: there is no file {path}.")
+
+
+_NEEDS = {
+    "lora_base_model": ("lora_target_modules", "lora_rank", "lora_alpha", "lora_rslora", "lora_dora", "lora_dtype",
+                        "lora_checkpoint"),
+    "sample_prompts": ("sample_every", "sample_steps"),
+    "preset_lora_path": ("preset_lora_model",),
+}
+"""Option -> options that do nothing without it."""
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """The ``accelerate`` object for this process.
+
+    Raises:
+        UserError: the device or the precision is not to be had here.
+    """
+    import accelerate
+    import torch
+
+    from ..core.device import choose_device
+
+    device = choose_device(config.device)
+    if device.type == "cpu" and config.mixed_precision == "fp16":
+        raise UserError("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no.")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    return accelerate.Accelerator(
+        mixed_precision=config.mixed_precision,
+        cpu=device.type == "cpu",
+        kwargs_handlers=[
+            accelerate.DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)
+        ],
+    )
+
+
+def build_dataset(config: TrainConfig, division_factors: tuple[int, int] = (1, 1)) -> UnifiedDataset:
+    """The data set of the options, its pictures cropped to multiples of ``division_factors`` (height, width)."""
+    from ..core.data import UnifiedDataset
+
+    operator = UnifiedDataset.default_image_operator(
+        base_path=config.dataset_base_path,
+        max_pixels=config.max_pixels,
+        height=config.height,
+        width=config.width,
+        height_division_factor=division_factors[0],
+        width_division_factor=division_factors[1],
+        center_crop=config.center_crop,
+        random_flip=config.random_flip,
+    )
+    return UnifiedDataset(
+        config.dataset_base_path or None, config.dataset_metadata_path, config.dataset_repeat, config.data_file_keys,
+        operator, seed=config.seed,
+    )
+
+
+def model_configs(config: Any) -> list[ModelConfig]:
+    """Where the weights are, from ``model_paths`` and ``model_id_with_origin_paths``; both may be given."""
+    from ..core.loader import ModelConfig
+
+    paths = [ModelConfig(path=list(entry) if isinstance(entry, tuple) else entry) for entry in config.model_paths]
+    return paths + [_repository(entry) for entry in config.model_id_with_origin_paths]
+
+
+def _repository(entry: str) -> ModelConfig:
+    from ..core.loader import ModelConfig
+
+    model_id, _, pattern = entry.partition(":")
+    return ModelConfig(model_id=model_id, origin_file_pattern=pattern)
+
+
+def tokenizer_configs(family: ModelFamily, folder: str | None) -> dict[str, ModelConfig]:
+    """Arguments of ``from_pretrained`` for tokenizers below one folder.
+
+    Raises:
+        UserError: the folder has no tokenizer of the family.
+    """
+    from ..core.loader import ModelConfig
+
+    if folder is None:
+        return {}
+    found = {}
+    for name, (_, subfolder) in family.tokenizers.items():
+        path = Path(folder) / subfolder
+        if not path.is_dir():
+            if len(family.tokenizers) > 1 or not Path(folder).is_dir():
+                raise UserError(f"--tokenizer_path {folder}: there is no folder {path}.")
+            path = Path(folder)
+        found[f"{name}_config"] = ModelConfig(path=path)
+    return found
+
+
+def choose_family(name: str | None, configs: Sequence[ModelConfig]) -> ModelFamily:
+    """The family that is asked for, or the one that the model files belong to.
+
+    Raises:
+        UserError: there is no such family, or the files belong to none or to several.
+    """
+    from ..models.registry import FAMILY_MODULES, get_family
+
+    if name is not None:
+        return get_family(name)
+    found = sorted({c["family"] for c in inspected(configs) if c["family"] in FAMILY_MODULES})
+    if len(found) == 1:
+        return get_family(found[0])
+    if not found:
+        raise UserError(f"the model files do not say which family they belong to; add the denoiser's file, or name it "
+                        f"with --family (known: {', '.join(FAMILY_MODULES)}).")
+    raise UserError(f"the model files belong to several families ({', '.join(found)}); leave out those of the others.")
+
+
+def inspected(configs: Sequence[ModelConfig]) -> list[dict[str, Any]]:
+    """What the headers of the model files say: one entry per component."""
+    from ..models.inspection import inspect_files
+
+    return [component for config in configs for component in inspect_files(config.resolve())["components"]]
+
+
+def load_pipeline_class(family: ModelFamily) -> type[BasePipeline]:
+    module, _, name = family.pipeline.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def check_size(config: TrainConfig, family: ModelFamily, configs: Sequence[ModelConfig]) -> None:
+    """Refuse a height or width that the networks cannot represent, from their configuration alone."""
+    if config.height is None or config.width is None:
+        return
+    pipe = load_pipeline_class(family)()
+    for component in inspected(configs):
+        if hasattr(pipe, component["name"]):
+            setattr(pipe, component["name"], SimpleNamespace(config=SimpleNamespace(**component["config"])))
+    pipe.components_loaded()
+    factors = {"height": pipe.height_division_factor, "width": pipe.width_division_factor}
+    for name, factor in factors.items():
+        value = getattr(config, name)
+        if value % factor:
+            nearest = max(factor, round(value / factor) * factor)
+            raise UserError(f"--{name} {value} is not a multiple of {factor}; the nearest that is: {nearest}.")
+
+
+def build_model(
+    config: TrainConfig, family: ModelFamily, configs: Sequence[ModelConfig], device: Any
+) -> PipelineTrainingModule:
+    """Load the pipeline and make it ready for training."""
+    from ..core.device import DTYPES
+    from ..diffusion.schedule import TimestepSampling
+    from ..diffusion.training_module import PipelineTrainingModule
+
+    pipe = load_pipeline_class(family).from_pretrained(
+        DTYPES[config.mixed_precision], device, list(configs), **tokenizer_configs(family, config.tokenizer_path)
+    )
+    pipe.timestep_sampling = TimestepSampling(
+        kind=config.timestep_sampling, shift=config.timestep_shift, weighting=config.timestep_weighting
+    )
+    return PipelineTrainingModule(pipe, config.replace(fp8_models=fp8_components(config, pipe)))
+
+
+def fp8_components(config: TrainConfig, pipe: BasePipeline) -> tuple[str, ...]:
+    """Names of the components that ``fp8_models`` means: given by name, by path, or by repository.
+
+    Raises:
+        UserError: an entry is none of the loaded models.
+    """
+    from ..core.loader import ModelConfig
+
+    loaded = {c.name: getattr(pipe, c.name) for c in pipe.family().components if getattr(pipe, c.name) is not None}
+    files = {name: {Path(path).resolve() for path in module._diffsynth_source.paths} for name, module in loaded.items()}
+    names: list[str] = []
+    for entry in config.fp8_models:
+        if entry in loaded:
+            names.append(str(entry))
+            continue
+        is_path = not isinstance(entry, str) or Path(entry).exists() or ":" not in entry
+        source = ModelConfig(path=entry) if is_path else _repository(str(entry))
+        wanted = {path.resolve() for path in source.resolve()}
+        matching = [name for name, paths in files.items()
+                    if paths & wanted or any(folder in path.parents for folder in wanted for path in paths)]
+        if not matching:
+            raise UserError(f"--fp8_models {entry}: none of the loaded models ({', '.join(loaded)}) comes from there.")
+        names += matching
+    return tuple(dict.fromkeys(names))
+
+
+def relaunch_on_all_gpus(device: str, command: Sequence[str], launcher_options: Sequence[str] = ()) -> bool:
+    """Start this command again under ``accelerate launch`` when several GPUs are visible and no launcher was used.
+
+    Args:
+        device: The ``device`` option; a particular device is used alone.
+        command: What python runs, for example ``["train.py", "--lora_rank", "8"]`` or ``["-m", "diffsynth", ...]``.
+        launcher_options: Further options of ``accelerate launch``; when there are any, it is used for one GPU too.
+    Returns:
+        Whether it was started again; the caller is then done. A failure ends this process with the same exit code.
+    """
+    if "LOCAL_RANK" in os.environ or device not in ("auto", "cuda"):
+        return False
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count < 2 and not launcher_options:
+        return False
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1",
+                "--num_processes", str(max(count, 1)), "--dynamo_backend", "no"]
+    if count > 1 and not launcher_options:
+        launcher.append("--multi_gpu")
+    is_module = command[0] == "-m"
+    words = ["--module", *command[1:]] if is_module else list(command)
+    finished = subprocess.run([*launcher, *launcher_options, *words], check=False)
+    if finished.returncode:
+        sys.exit(finished.returncode)
+    return True
