@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from . import __version__
 from .core.command_line import run_front_door
 from .core.errors import UserError, did_you_mean
 
@@ -35,12 +36,7 @@ def dispatch(words: Sequence[str]) -> None:
         sys.stdout.write(_overview())
         return
     if words[0] == "--version":
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            sys.stdout.write(f"diffsynth {version('diffsynth')}\n")
-        except PackageNotFoundError:
-            sys.stdout.write("diffsynth, run from its source folder\n")
+        sys.stdout.write(f"diffsynth {__version__}\n")
         return
     if words[0] not in COMMANDS:
         raise UserError(f"unknown command {words[0]!r}; known: {', '.join(COMMANDS)}.{did_you_mean(words[0], COMMANDS)}")

@@ -173,6 +173,7 @@ class SamplingOptions(Options):
         None, ge=1, description="Optimizer steps between samples. Left out: at each saved model."
     )
     sample_steps: int = Field(30, ge=1, description="Denoising steps of a sample picture.")
+    sample_cfg_scale: float = Field(1.0, ge=0, description="Classifier-free guidance of the sample pictures; 1 = off.")
     sample_cfg_scale: float = Field(1.0, ge=0, description="Classifier-free guidance of a sample picture; 1 = off.")
 
 

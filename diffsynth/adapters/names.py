@@ -142,9 +142,7 @@ def _component_names(component: Component, family: ModelFamily, num_text_encoder
     if component.spec.kind not in _TEXT_ENCODERS:
         return None
     kohya, comfyui, table = _TEXT_ENCODERS[component.spec.kind]
-    prefixes = ("lora_te_", kohya) if num_text_encoders == 1 else (kohya, "lora_te_")
-    if component.name != "text_encoder":
-        prefixes = (kohya,)
+    prefixes = ("lora_te_", kohya) if num_text_encoders == 1 else (kohya, "lora_te_", "lora_te2_")
     return ComponentNames(component.name, False, f"{component.name}.", prefixes,
                           f"text_encoders.{comfyui}.transformer.", table, table)
 

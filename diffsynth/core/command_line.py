@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, g
 
 from pydantic.fields import FieldInfo
 
-from .errors import UserError, did_you_mean
+from .errors import RunStopped, UserError, did_you_mean
 
 if TYPE_CHECKING:
     from .options import Options
@@ -27,6 +27,9 @@ def run_front_door(command: Callable[[], object]) -> NoReturn:
         rank = os.environ.get("RANK", "0")
         sys.stderr.write(f"{'' if rank == '0' else f'[process {rank}] '}error: {' '.join(str(error).split())}\n")
         sys.exit(2)
+    except RunStopped as error:
+        sys.stderr.write(f"stopped: {' '.join(str(error).split())}\n")
+        sys.exit(3)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
@@ -163,7 +166,7 @@ def _raw_class(options: type[Options]) -> type:
             field = options.model_fields[name]
             argument = tyro.conf.arg(
                 name=option_name(name, field), metavar=_metavar(field), help=field.description or "",
-                help_behavior_hint=f"(default: {_default_text(field)})" if not is_positional(field) else "(required)",
+                help_behavior_hint="(required)" if _is_required(field) else f"(default: {_default_text(field)})",
             )
             words: Any = tuple[str, ...] if _is_list(field) else tuple[str]
             annotation: Any = Annotated[words, argument]
@@ -181,6 +184,10 @@ def _group(title: str, description: str, fields: list[Any]) -> tuple[str, Any, A
     # the heading of a group is its name; as a prefix of its options the name is left out
     shown = tyro.conf.OmitArgPrefixes[Annotated[group, tyro.conf.arg(name=title)]]  # type: ignore[valid-type]
     return name, shown, dataclasses.field(default_factory=group)
+
+
+def _is_required(field: FieldInfo) -> bool:
+    return field.is_required() or is_positional(field)
 
 
 def _default() -> Any:

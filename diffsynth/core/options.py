@@ -201,7 +201,8 @@ class Options(BaseModel):
         """A checked copy with some values changed; origins are kept."""
         given = {name: getattr(self, name) for name in self._origins} | changes
         copy = type(self)(**given)
-        copy._origins.update({name: origin for name, origin in self._origins.items() if name not in changes})
+        same = [name for name in self._origins if name not in changes or getattr(copy, name) == getattr(self, name)]
+        copy._origins.update({name: self._origins[name] for name in same})
         return copy
 
     def resolved_yaml(self) -> str:

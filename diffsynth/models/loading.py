@@ -19,6 +19,7 @@ from ..core.loader.files import weight_groups
 from ..core.loader.reader import WeightReader
 from ..core.loader.writer import save_safetensors
 from .building import build_empty, stream_weights
+from .inspection import expected_names
 from .recognition import Found, assign_weights, describe_unknown, find_components
 from .registry import all_component_specs
 from .spec import Component, ComponentSpec, ModelFamily
@@ -154,13 +155,13 @@ def _locate(reader: WeightReader, specs: Sequence[ComponentSpec], constants: Any
 def _load(place: _Located, name: str, torch_dtype: torch.dtype | None, device: torch.device | str) -> LoadedComponent:
     found, reader = place.found, place.reader
     module = build_empty(found.spec, found.config)
-    expected = [module.state_dict().keys() if other is found else _names(other) for other in place.others]
+    expected = [module.state_dict().keys() if other is found else expected_names(other) for other in place.others]
     stray = assign_weights(reader.tensors, place.others, expected)
     if stray:
         logger.warning("%s: %d weights belong to no known network, for example %s.", reader.describe(), len(stray),
                        stray[:3])
     _check_complete(found, reader)
-    stream_weights(module, found, reader, torch_dtype or torch.float32, device)
+    stream_weights(module, found, reader, _safe_dtype(found.spec, torch_dtype or torch.float32), device)
     settings = json.dumps(found.config, sort_keys=True, default=str)
     loaded = LoadedComponent(module=None, spec=found.spec, name=name, paths=tuple(reader.paths), config=found.config,
                              fingerprint=f"{found.spec.kind}:{reader.fingerprint()}:{settings}")
@@ -168,10 +169,13 @@ def _load(place: _Located, name: str, torch_dtype: torch.dtype | None, device: t
     return replace(loaded, module=module)
 
 
-def _names(found: Found) -> Iterable[str]:
-    if found.spec.our_names is not None:
-        return found.spec.our_names(found.config)
-    return build_empty(found.spec, found.config).state_dict().keys()
+def _safe_dtype(spec: ComponentSpec, torch_dtype: torch.dtype) -> torch.dtype:
+    """The asked dtype, or float32 where the network overflows in it; storage dtypes below 16 bits pass."""
+    name = str(torch_dtype).removeprefix("torch.")
+    if torch_dtype.itemsize < 2 or name in spec.safe_dtypes:
+        return torch_dtype
+    logger.info("%s is kept in float32: it is not safe in %s.", spec.kind, name)
+    return torch.float32
 
 
 def _check_complete(found: Found, reader: WeightReader) -> None:

@@ -63,7 +63,6 @@ T5_XXL = ComponentSpec(
     default_name="text_encoder_2",
     class_path="transformers.models.t5.modeling_t5.T5EncoderModel",
     our_names=_our_names,
-    safe_dtypes=("float32", "bfloat16"),
     tied={"encoder.embed_tokens.weight": "shared.weight"},
     layouts=tuple(
         Layout(

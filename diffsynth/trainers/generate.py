@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..config import GenerateConfig
 from ..core.errors import UserError
-from .run import choose_family, load_pipeline_class, model_configs, tokenizer_configs
+from .run import choose_family, inspect_configs, load_pipeline_class, model_configs, tokenizer_configs
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     loras = [parse_lora(entry) for entry in config.lora]
     input_image = _read_input_image(config)
     configs = model_configs(config)
-    family = choose_family(config.family, configs)
+    family = choose_family(config.family, [] if config.family else inspect_configs(configs))
     pipe = load_pipeline_class(family).from_pretrained(
         getattr(torch, config.torch_dtype), config.device, configs, **tokenizer_configs(family, config.tokenizer_path)
     )

@@ -1,7 +1,7 @@
 """A training run of any family, from its options to its last checkpoint.
 
 Everything that can be checked is checked before a model is loaded: options against each other, files, data set,
-sizes, device. Then pipeline, training module and logger are built and handed to the one training loop.
+device. Then pipeline, training module and logger are built and handed to the one training loop.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..core.data import UnifiedDataset
     from ..core.loader import ModelConfig
     from ..diffusion.base_pipeline import BasePipeline
-    from ..diffusion.training_module import PipelineTrainingModule
+    from ..diffusion.training_module import DiffusionTrainingModule, PipelineTrainingModule
     from ..models.spec import ModelFamily
 
 
@@ -40,11 +40,11 @@ def train(config: TrainConfig) -> None:
     check_options(config)
     check_output_folder(Path(config.output_path), config.resume)
     choose_device(config.device)
-    dataset = build_dataset(config)
-    dataset.check()
     configs = model_configs(config)
-    family = choose_family(config.family, configs)
-    check_size(config, family, configs)
+    components = inspect_configs(configs)
+    family = choose_family(config.family, components)
+    dataset = build_dataset(config, division_factors(family, components))
+    check_dataset(config, dataset)
     accelerator = build_accelerator(config)
     # no process may write before the others have looked at the output folder
     accelerator.wait_for_everyone()
@@ -53,19 +53,17 @@ def train(config: TrainConfig) -> None:
 
 
 def launch(
-    config: TrainConfig, accelerator: Accelerator, dataset: UnifiedDataset, model: PipelineTrainingModule
+    config: TrainConfig, accelerator: Accelerator, dataset: UnifiedDataset, model: DiffusionTrainingModule
 ) -> None:
     """Hand a loaded model and a checked data set to the training loop."""
     from ..diffusion.logger import ModelLogger
     from ..diffusion.runner import launch_training_task
 
-    pipe = model.pipe
-    bound = build_dataset(config, (pipe.height_division_factor, pipe.width_division_factor))
     model_logger = ModelLogger(
         config.output_path, config.remove_prefix_in_ckpt, config.lora_format, config.keep_checkpoints,
         config.checkpoint_names, tensorboard=config.logger == "tensorboard",
     )
-    launch_training_task(accelerator, bound, model, model_logger, config)
+    launch_training_task(accelerator, dataset, model, model_logger, config)
 
 
 def check_options(config: TrainConfig) -> None:
@@ -93,7 +91,7 @@ def check_options(config: TrainConfig) -> None:
 _NEEDS = {
     "lora_base_model": ("lora_target_modules", "lora_rank", "lora_alpha", "lora_rslora", "lora_dora", "lora_dtype",
                         "lora_checkpoint"),
-    "sample_prompts": ("sample_every", "sample_steps"),
+    "sample_prompts": ("sample_every", "sample_steps", "sample_cfg_scale"),
     "preset_lora_path": ("preset_lora_model",),
 }
 """Option -> options that do nothing without it."""
@@ -124,8 +122,12 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     )
 
 
-def build_dataset(config: TrainConfig, division_factors: tuple[int, int] = (1, 1)) -> UnifiedDataset:
-    """The data set of the options, its pictures cropped to multiples of ``division_factors`` (height, width)."""
+def build_dataset(config: TrainConfig, factors: tuple[int, int]) -> UnifiedDataset:
+    """The data set of the options, its pictures of a height and width that are multiples of ``factors``.
+
+    Raises:
+        UserError: the metadata is missing or damaged, or the asked-for height or width is no such multiple.
+    """
     from ..core.data import UnifiedDataset
 
     operator = UnifiedDataset.default_image_operator(
@@ -133,8 +135,8 @@ def build_dataset(config: TrainConfig, division_factors: tuple[int, int] = (1, 1
         max_pixels=config.max_pixels,
         height=config.height,
         width=config.width,
-        height_division_factor=division_factors[0],
-        width_division_factor=division_factors[1],
+        height_division_factor=factors[0],
+        width_division_factor=factors[1],
         center_crop=config.center_crop,
         random_flip=config.random_flip,
     )
@@ -142,6 +144,14 @@ def build_dataset(config: TrainConfig, division_factors: tuple[int, int] = (1, 1
         config.dataset_base_path or None, config.dataset_metadata_path, config.dataset_repeat, config.data_file_keys,
         operator, seed=config.seed,
     )
+
+
+def check_dataset(config: TrainConfig, dataset: UnifiedDataset) -> None:
+    """Refuse a data set with missing columns, or with files that are missing, damaged or outside its folder."""
+    from ..diffusion.training_module import PipelineTrainingModule
+
+    dataset.require_columns(*PipelineTrainingModule.data_columns, *config.extra_inputs)
+    dataset.check("headers")
 
 
 def model_configs(config: Any) -> list[ModelConfig]:
@@ -180,9 +190,19 @@ def tokenizer_configs(family: ModelFamily, folder: str | None) -> dict[str, Mode
     return found
 
 
-def choose_family(name: str | None, configs: Sequence[ModelConfig]) -> ModelFamily:
+def inspect_configs(configs: Sequence[ModelConfig]) -> list[dict[str, Any]]:
+    """What the headers of the model files say: one entry per component."""
+    from ..models.inspection import inspect_files
+
+    return [component for config in configs for component in inspect_files(config.resolve())["components"]]
+
+
+def choose_family(name: str | None, components: Sequence[Mapping[str, Any]]) -> ModelFamily:
     """The family that is asked for, or the one that the model files belong to.
 
+    Args:
+        name: The ``family`` option.
+        components: What ``inspect_configs`` says of the files.
     Raises:
         UserError: there is no such family, or the files belong to none or to several.
     """
@@ -190,7 +210,7 @@ def choose_family(name: str | None, configs: Sequence[ModelConfig]) -> ModelFami
 
     if name is not None:
         return get_family(name)
-    found = sorted({c["family"] for c in inspected(configs) if c["family"] in FAMILY_MODULES})
+    found = sorted({component["family"] for component in components if component["family"] in FAMILY_MODULES})
     if len(found) == 1:
         return get_family(found[0])
     if not found:
@@ -199,33 +219,19 @@ def choose_family(name: str | None, configs: Sequence[ModelConfig]) -> ModelFami
     raise UserError(f"the model files belong to several families ({', '.join(found)}); leave out those of the others.")
 
 
-def inspected(configs: Sequence[ModelConfig]) -> list[dict[str, Any]]:
-    """What the headers of the model files say: one entry per component."""
-    from ..models.inspection import inspect_files
-
-    return [component for config in configs for component in inspect_files(config.resolve())["components"]]
-
-
 def load_pipeline_class(family: ModelFamily) -> type[BasePipeline]:
     module, _, name = family.pipeline.rpartition(".")
     return getattr(importlib.import_module(module), name)
 
 
-def check_size(config: TrainConfig, family: ModelFamily, configs: Sequence[ModelConfig]) -> None:
-    """Refuse a height or width that the networks cannot represent, from their configuration alone."""
-    if config.height is None or config.width is None:
-        return
+def division_factors(family: ModelFamily, components: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """What height and width must be multiples of: an empty pipeline that knows the networks' configurations says so."""
     pipe = load_pipeline_class(family)()
-    for component in inspected(configs):
+    for component in components:
         if hasattr(pipe, component["name"]):
             setattr(pipe, component["name"], SimpleNamespace(config=SimpleNamespace(**component["config"])))
     pipe.components_loaded()
-    factors = {"height": pipe.height_division_factor, "width": pipe.width_division_factor}
-    for name, factor in factors.items():
-        value = getattr(config, name)
-        if value % factor:
-            nearest = max(factor, round(value / factor) * factor)
-            raise UserError(f"--{name} {value} is not a multiple of {factor}; the nearest that is: {nearest}.")
+    return pipe.height_division_factor, pipe.width_division_factor
 
 
 def build_model(

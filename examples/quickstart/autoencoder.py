@@ -1,11 +1,11 @@
-"""The quickstart's autoencoder: 4 times smaller latents of 16 channels, trained for sharp edges."""
+"""The quickstart's autoencoder: 4 times smaller latents of 16 channels, trained for sharp edges.
+
+It is trained by the same loop as everything else: ``AutoencoderTraining`` only brings its own loss and pictures.
+"""
 
 from __future__ import annotations
 
-import logging
-import math
 import random
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,15 @@ import torch
 from scenes import SIZE, draw_clutter, example
 from torch.nn import functional
 
-logger = logging.getLogger(__name__)
+from diffsynth import FluxImagePipeline
+from diffsynth.core.random import normal
+from diffsynth.diffusion.logger import ModelLogger
+from diffsynth.diffusion.runner import launch_training_task
+from diffsynth.diffusion.training_module import DiffusionTrainingModule
 
 # what FLUX applies to the latents of its autoencoder: (latents - SHIFT) * SCALE
 SCALE, SHIFT = 0.3611, 0.1159
 KL_WEIGHT = 3e-4
-EDGE_WEIGHT = 1.0
 
 
 def build_autoencoder() -> torch.nn.Module:
@@ -43,15 +46,44 @@ def build_autoencoder() -> torch.nn.Module:
     )
 
 
-def reconstruction_loss(autoencoder: torch.nn.Module, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """L1 of the pixels and of their differences to the right and downwards, and a weak pull of the latents to N(0, 1)."""
-    posterior = autoencoder.encode(pixels).latent_dist
-    noise = torch.randn(posterior.mean.shape, generator=generator)
-    decoded = autoencoder.decode(posterior.mean + posterior.std * noise).sample.float()
-    loss = functional.l1_loss(decoded, pixels)
-    for dim in (2, 3):
-        loss = loss + EDGE_WEIGHT * functional.l1_loss(decoded.diff(dim=dim), pixels.diff(dim=dim))
-    return loss + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+class AutoencoderTraining(DiffusionTrainingModule):
+    """A pipeline of which only the autoencoder is there, and is trained."""
+
+    def __init__(self, autoencoder: torch.nn.Module) -> None:
+        super().__init__()
+        self.pipe = FluxImagePipeline("cpu", torch.float32)
+        self.pipe.vae = autoencoder
+        self.switch_pipe_to_training_mode(self.pipe, trainable_models="vae")
+
+    def collate(self, items: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(items)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """L1 of pixels and of edges (differences to the right and downwards); weak pull of the latents to N(0, 1)."""
+        posterior = self.pipe.vae.encode(pixels).latent_dist
+        latents = posterior.mean + posterior.std * normal(posterior.mean.shape, "posterior")
+        decoded = self.pipe.vae.decode(latents).sample.float()
+        loss = functional.l1_loss(decoded, pixels)
+        for dim in (2, 3):
+            loss = loss + functional.l1_loss(decoded.diff(dim=dim), pixels.diff(dim=dim))
+        return loss + KL_WEIGHT * posterior.kl().mean() / posterior.mean[0].numel()
+
+
+class Crops(torch.utils.data.Dataset):
+    """Pixels (3, side, side) in [-1, 1], cut at random from pictures of clutter and of scenes."""
+
+    def __init__(self, pictures: torch.Tensor, side: int, count: int, seed: int) -> None:
+        self.pictures, self.side, self.count, self.seed = pictures, side, count, seed
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        rng = random.Random(f"crop {self.seed} {index}")
+        top, left = rng.randrange(SIZE - self.side + 1), rng.randrange(SIZE - self.side + 1)
+        picture = self.pictures[rng.randrange(len(self.pictures))]
+        picture = picture[:, top : top + self.side, left : left + self.side]
+        return (picture.flip(2) if rng.random() < 0.5 else picture).float() / 127.5 - 1
 
 
 def make_pictures(count: int, seed: int) -> torch.Tensor:
@@ -60,49 +92,33 @@ def make_pictures(count: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
 
 
-def draw_batch(pictures: torch.Tensor, step: int, steps: int, seed: int) -> torch.Tensor:
-    """Pixels in [-1, 1]: 16 crops of 32 x 32, and whole pictures in the last two fifths."""
-    rng = random.Random(f"autoencoder {seed} {step}")
-    whole = step >= 0.6 * steps
-    side, count = (SIZE, 4) if whole else (SIZE // 2, 16)
-    batch = []
-    for _ in range(count):
-        top, left = rng.randrange(SIZE - side + 1), rng.randrange(SIZE - side + 1)
-        picture = pictures[rng.randrange(len(pictures)), :, top : top + side, left : left + side]
-        batch.append(picture.flip(2) if rng.random() < 0.5 else picture)
-    return torch.stack(batch).float() / 127.5 - 1
+def train_autoencoder(folder: Path, steps: int, seed: int) -> torch.nn.Module:
+    """Train on crops, then for two fifths of the steps on whole pictures; eval mode, latents of FLUX's scale."""
+    import accelerate
 
-
-def train_autoencoder(steps: int, seed: int, log_path: Path, learning_rate: float = 1.5e-3) -> torch.nn.Module:
-    """Train from random weights; returns the average of the weights over the last steps, in eval mode."""
     torch.manual_seed(seed)
-    autoencoder = build_autoencoder().train()
+    module = AutoencoderTraining(build_autoencoder())
     pictures = make_pictures(8000, seed)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(autoencoder.parameters(), learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    averaged = torch.optim.swa_utils.AveragedModel(autoencoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998))
-    start, losses = time.monotonic(), []
-    for step in range(steps):
-        rate = learning_rate * min(1.0, (step + 1) / 200) * (0.02 + 0.49 * (1 + math.cos(math.pi * step / steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = reconstruction_loss(autoencoder, draw_batch(pictures, step, steps, seed), generator)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(autoencoder.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step > steps // 2:
-            averaged.update_parameters(autoencoder)
-        losses.append(loss.item())
-        if (step + 1) % 100 == 0:
-            with log_path.open("a", encoding="utf-8") as log:
-                log.write(f"{step + 1} {sum(losses[-100:]) / 100:.5f} {time.monotonic() - start:.0f} s\n")
-        if (step + 1) % 1000 == 0:
-            torch.save(autoencoder.state_dict(), log_path.with_suffix(".pt"))
-    trained = averaged.module.eval()
-    fold_latent_scale(trained, make_pictures(512, seed + 1))
-    return trained
+    parts = (("crops", SIZE // 2, 16, "constant_with_warmup", 1.5e-3), ("whole", SIZE, 4, "cosine", 1e-3))
+    for (name, side, batch_size, schedule, learning_rate), share in zip(parts, (0.6, 0.4), strict=True):
+        part_steps = round(steps * share)
+        launch_training_task(
+            accelerate.Accelerator(mixed_precision="bf16", cpu=True),
+            Crops(pictures, side, part_steps * batch_size, seed),
+            module,
+            ModelLogger(folder / name),
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            lr_scheduler=schedule,
+            lr_warmup_steps=100,
+            optimizer_args={"betas": [0.9, 0.99]},
+            save_steps=1000,
+            keep_checkpoints=1,
+            seed=seed,
+        )
+    autoencoder = module.pipe.vae.eval().requires_grad_(False)
+    fold_latent_scale(autoencoder, make_pictures(512, seed + 1))
+    return autoencoder
 
 
 @torch.no_grad()

@@ -15,23 +15,12 @@ import torch
 
 from ..errors import UserError, did_you_mean
 from ..random import keyed_seed
+from .describe import describe
 from .files import FileHasher, find_problems
 from .image_file import read_image, read_size
-from .image_operators import LoadImage, default_image_operator, fixed_size
+from .image_operators import default_image_operator, fixed_size
 from .metadata import ABSENT, read_metadata
-from .operators import (
-    Draw,
-    Identity,
-    Operator,
-    PlannedFile,
-    ToAbsolutePath,
-    as_operator,
-    bind_base_path,
-    chain,
-    describe,
-    random_parts,
-    reads_first,
-)
+from .operators import Draw, Identity, Operator, PlannedFile, as_operator, bind_base_path, random_parts
 
 _OPERATORS_VERSION = 1  # raised when an operator gives other pixels than before, so that old caches are not used
 _ALIASES = {"file_name": "image", "text": "prompt"}
@@ -84,7 +73,12 @@ class UnifiedDataset(torch.utils.data.Dataset):
         self._rename_columns({*self.data_file_keys, *special})
         self._require_file_columns()
         self._file_columns = {*self.data_file_keys, "image", "video"}
-        self._operators = self._bind({**dict.fromkeys(self.data_file_keys, main_data_operator), **special})
+        chosen = {**dict.fromkeys(self.data_file_keys, main_data_operator), **special}
+        self._operators = {
+            key: bind_base_path(as_operator(function), base)
+            for key, function in chosen.items()
+            if key in self._table.columns
+        }
         self._radices = _radices(self._operators.values())
         self._fixed_bucket = next((fixed_size(self._operators[k]) for k in self._present_keys()), None)
         self._forget()
@@ -321,16 +315,6 @@ class UnifiedDataset(torch.utils.data.Dataset):
                     f"{self.metadata_path} has no column {name!r}; it has {', '.join(found)}."
                     f"{did_you_mean(name, found)}"
                 )
-
-    def _bind(self, chosen: Mapping[str, Any]) -> dict[str, Operator]:
-        bound = {}
-        for key, function in chosen.items():
-            if key in self._table.columns:
-                column_operator = as_operator(function)
-                if reads_first(column_operator, LoadImage):
-                    column_operator = chain(ToAbsolutePath(), column_operator)
-                bound[key] = bind_base_path(column_operator, self.base_path)
-        return bound
 
     def _forget(self) -> None:
         self._hasher = FileHasher()

@@ -28,6 +28,8 @@ from .operators import (
 class LoadImage(Operator):
     """A path as an upright 8-bit sRGB picture without transparency (composited on white)."""
 
+    opens_path: ClassVar[bool] = True
+
     def apply(self, value: Any) -> Image.Image:
         return read_image(Path(value))
 

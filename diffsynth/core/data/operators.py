@@ -9,12 +9,9 @@ reads and how large the picture will come out.
 
 from __future__ import annotations
 
-import hashlib
-import pickle
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import CodeType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -63,6 +60,8 @@ class Operator:
 
     keeps_size: ClassVar[bool] = False
     """Whether a picture leaves this operator with the height and width it came with."""
+    opens_path: ClassVar[bool] = False
+    """Whether this operator opens the file that it is given the path of."""
 
     def apply(self, value: Any) -> Any:
         raise NotImplementedError
@@ -334,16 +333,26 @@ class RouteByExtension(_Route):
         raise UserError(f"{name} ends in {suffix!r}; files ending in {known} are read.")
 
 
-def bind_base_path(operator: Operator, base_path: Path) -> Operator:
-    """The operator with ``base_path`` wherever a path is made absolute and no folder was given."""
+def bind_base_path(operator: Operator, base_path: Path, is_first: bool = True) -> Operator:
+    """The operator with ``base_path`` wherever a path is made absolute, or opened as it stands in the metadata.
+
+    Args:
+        is_first: Whether the operator gets the values of the metadata, unchanged.
+    """
     if isinstance(operator, ToAbsolutePath):
         return operator if operator.base_path else ToAbsolutePath(base_path)
+    if operator.opens_path and is_first:
+        return chain(ToAbsolutePath(base_path), operator)
     if isinstance(operator, Chain):
-        return Chain(tuple(bind_base_path(step, base_path) for step in operator.steps))
+        steps = []
+        for step in operator.steps:
+            steps.append(bind_base_path(step, base_path, is_first))
+            is_first = is_first and isinstance(step, _Light)
+        return chain(*steps)
     if isinstance(operator, ForEach):
-        return ForEach(bind_base_path(operator.operator, base_path))
+        return ForEach(bind_base_path(operator.operator, base_path, is_first))
     if isinstance(operator, RouteByType | RouteByExtension):
-        bound: list[Any] = [(key, bind_base_path(branch, base_path)) for key, branch in operator.routes]
+        bound: list[Any] = [(key, bind_base_path(branch, base_path, is_first)) for key, branch in operator.routes]
         return type(operator)(bound)
     return operator
 
@@ -352,46 +361,3 @@ def random_parts(operator: Operator) -> list[RandomOperator]:
     """The random operators in an operator, without those that were set to be deterministic."""
     own = [operator] if isinstance(operator, RandomOperator) and operator.variants() else []
     return own + [part for child in operator.children() for part in random_parts(child)]
-
-
-def reads_first(operator: Operator, kind: type[Operator]) -> bool:
-    """Whether the values of the metadata come to an operator of this kind first."""
-    if isinstance(operator, Chain):
-        return bool(operator.steps) and reads_first(operator.steps[0], kind)
-    if isinstance(operator, _Route | ForEach):
-        return any(reads_first(child, kind) for child in operator.children())
-    return isinstance(operator, kind)
-
-
-def describe(part: Any) -> str:
-    """A text that is equal for operators that do the same, in this process or another; part of cache keys."""
-    if isinstance(part, Call):
-        return f"Call({describe(part.function)})"
-    if isinstance(part, Operator) and is_dataclass(part):
-        values = ", ".join(f"{f.name}={describe(getattr(part, f.name))}" for f in fields(part) if f.repr)
-        return f"{type(part).__qualname__}({values})"
-    if isinstance(part, tuple | list):
-        return f"[{', '.join(map(describe, part))}]"
-    if isinstance(part, type):
-        return f"{part.__module__}.{part.__qualname__}"
-    if part is None or isinstance(part, str | int | float | bool | Path):
-        return repr(part)
-    code = getattr(part, "__code__", None)
-    if isinstance(code, CodeType):
-        return f"{part.__module__}.{part.__qualname__}:{_digest(_code_parts(code))}"
-    try:
-        state = pickle.dumps(part, protocol=4)
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        raise UserError(
-            f"The operator {part!r} cannot be pickled ({error}); define it at the top of a module."
-        ) from error
-    return f"{type(part).__qualname__}:{_digest(state)}"
-
-
-def _code_parts(code: CodeType) -> bytes:
-    constants = [_code_parts(c) if isinstance(c, CodeType) else repr(c).encode() for c in code.co_consts]
-    return b"|".join([code.co_code, " ".join(code.co_names).encode(), *constants])
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=8).hexdigest()

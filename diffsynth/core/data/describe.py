@@ -1,0 +1,47 @@
+"""Telling operators apart in a cache key, across processes and runs."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from types import CodeType
+from typing import Any
+
+from ..errors import UserError
+from .operators import Call, Operator
+
+
+def describe(part: Any) -> str:
+    """A text that is equal for operators that do the same, in this process or another; part of cache keys."""
+    if isinstance(part, Call):
+        return f"Call({describe(part.function)})"
+    if isinstance(part, Operator) and is_dataclass(part):
+        values = ", ".join(f"{f.name}={describe(getattr(part, f.name))}" for f in fields(part) if f.repr)
+        return f"{type(part).__qualname__}({values})"
+    if isinstance(part, tuple | list):
+        return f"[{', '.join(map(describe, part))}]"
+    if isinstance(part, type):
+        return f"{part.__module__}.{part.__qualname__}"
+    if part is None or isinstance(part, str | int | float | bool | Path):
+        return repr(part)
+    code = getattr(part, "__code__", None)
+    if isinstance(code, CodeType):
+        return f"{part.__module__}.{part.__qualname__}:{_digest(_code_parts(code))}"
+    try:
+        state = pickle.dumps(part, protocol=4)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"The operator {part!r} cannot be pickled ({error}); define it at the top of a module."
+        ) from error
+    return f"{type(part).__qualname__}:{_digest(state)}"
+
+
+def _code_parts(code: CodeType) -> bytes:
+    constants = [_code_parts(c) if isinstance(c, CodeType) else repr(c).encode() for c in code.co_consts]
+    return b"|".join([code.co_code, " ".join(code.co_names).encode(), *constants])
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -1,0 +1,107 @@
+"""A tiny FLUX.1 with random weights, in every layout that the published one comes in.
+
+The networks are the real classes, the tokenizers are trained here on a few sentences. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+SENTENCES = [
+    "a dog", "a cat", "a dog is jumping, flowers around the dog, the background is mountains and clouds",
+    "a photo of a red circle on a blue background", "two green squares and a yellow star", "bad quality, doll, toy",
+]
+
+
+def save_tokenizers(folder: Path, max_length: int = 512) -> tuple[int, int]:
+    """Write ``tokenizer`` (CLIP, byte-pair) and ``tokenizer_2`` (T5, unigram); return their vocabulary sizes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(SENTENCES, trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
+    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    vocab: dict[str, int] = {}
+    for token in [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]:
+        vocab.setdefault(token, len(vocab))
+    vocab["<|startoftext|>"] = len(vocab)
+    vocab["<|endoftext|>"] = len(vocab)
+    clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    clip.save_pretrained(folder / "tokenizer")
+
+    unigram = Tokenizer(models.Unigram())
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.train_from_iterator(SENTENCES, trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False,
+        initial_alphabet=[chr(code) for code in range(33, 127)]))
+    pieces = [tuple(entry) for entry in json.loads(unigram.to_str())["model"]["vocab"]]
+    t5 = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=max_length)
+    t5.save_pretrained(folder / "tokenizer_2")
+    return len(vocab), len(pieces)
+
+
+def build_pipeline(folder: Path, *, guidance_embeds: bool = True, seed: int = 0):
+    """A ``diffusers.FluxPipeline`` of tiny networks in float32, with tokenizers in ``folder``."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+
+    clip_vocab, t5_vocab = save_tokenizers(folder)
+    torch.manual_seed(seed)
+    transformer = FluxTransformer2DModel(
+        patch_size=1, in_channels=64, num_layers=1, num_single_layers=2, attention_head_dim=128, num_attention_heads=1,
+        joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=guidance_embeds, axes_dims_rope=(16, 56, 56),
+    )
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4, block_out_channels=(32, 32, 64, 64), layers_per_block=1,
+        latent_channels=16, norm_num_groups=32, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+        use_post_quant_conv=False, sample_size=64,
+    )
+    clip = CLIPTextModel(CLIPTextConfig(
+        vocab_size=clip_vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=1,
+        max_position_embeddings=77, projection_dim=64, hidden_act="quick_gelu", bos_token_id=clip_vocab - 2,
+        eos_token_id=clip_vocab - 1, pad_token_id=clip_vocab - 1))
+    t5 = T5EncoderModel(T5Config(
+        vocab_size=t5_vocab, d_model=64, d_ff=128, d_kv=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False, use_cache=False))
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        shift=3.0 if guidance_embeds else 1.0, use_dynamic_shifting=guidance_embeds)
+    return FluxPipeline(
+        scheduler=scheduler, vae=vae, text_encoder=clip, text_encoder_2=t5, transformer=transformer,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=T5TokenizerFast.from_pretrained(folder / "tokenizer_2"),
+    )
+
+
+def save_original_layout(pipe, folder: Path, *, shard_t5: bool = True) -> Path:
+    """Write the files of the older page (``models/FLUX/FLUX.1-dev``) for a diffusers pipeline."""
+    from safetensors.torch import save_file
+
+    from diffsynth.models.autoencoder_kl import FLUX_VAE
+    from diffsynth.pipelines.flux_components import FLUX_DIT
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for spec, module, name in ((FLUX_DIT, pipe.transformer, "flux1-dev"), (FLUX_VAE, pipe.vae, "ae")):
+        layout = next(layout for layout in spec.layouts if layout.name == "original")
+        ours = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
+        key_map = layout.key_map(dict(module.config))
+        original = key_map.to_original(ours)
+        save_file({key: tensor.contiguous().clone() for key, tensor in original.items()}, folder / f"{name}.safetensors")
+    pipe.text_encoder.save_pretrained(folder / "text_encoder")
+    size = sum(p.numel() * p.element_size() for p in pipe.text_encoder_2.parameters())
+    pipe.text_encoder_2.save_pretrained(folder / "text_encoder_2", max_shard_size=size * 2 // 3 if shard_t5 else "5GB")
+    pipe.tokenizer.save_pretrained(folder / "tokenizer")
+    pipe.tokenizer_2.save_pretrained(folder / "tokenizer_2")
+    return folder
+
+
+def model_files(folder: Path) -> list[str]:
+    """The model files of the older page's inference script, in its order."""
+    return [str(folder / name) for name in (
+        "text_encoder/model.safetensors", "text_encoder_2", "ae.safetensors", "flux1-dev.safetensors")]

@@ -1,0 +1,202 @@
+"""One training run: what it writes, that it repeats, that batch size changes only its speed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from diffsynth.core.errors import RunStopped, UserError
+from tests.pictures import make_dataset
+from tests.training_run import make_config, make_data, make_module, train_tiny
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_dataset(tmp_path_factory.mktemp("data") / "pictures", count=4)
+
+
+def sha(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def rows(path):
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_a_run_writes_weights_state_metrics_configuration_and_curve(flux_folder, data, tmp_path):
+    train_tiny(flux_folder, data, tmp_path, num_epochs=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "cache", "config.yaml", "epoch-0.safetensors", "epoch-1.safetensors", "loss_curve.png", "metrics.jsonl", "state"]
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-8"]
+    metrics = rows(tmp_path)
+    assert [row["step"] for row in metrics] == list(range(1, 9))
+    assert [row["epoch"] for row in metrics] == [0] * 4 + [1] * 4
+    assert set(metrics[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "items"}
+    with safe_open(tmp_path / "epoch-1.safetensors", framework="pt") as file:
+        assert any(key.startswith("transformer.transformer_blocks.0.attn.to_q.lora_A") for key in file.keys())
+        assert "lora_adapter_metadata" in file.metadata()
+
+
+def test_training_twice_gives_the_same_bytes(flux_folder, data, tmp_path):
+    for name in ("first", "second"):
+        train_tiny(flux_folder, data, tmp_path / name, save_steps=3, max_steps=3, caption_dropout=0.4)
+    assert sha(tmp_path / "first/step-3.safetensors") == sha(tmp_path / "second/step-3.safetensors")
+    train_tiny(flux_folder, data, tmp_path / "third", save_steps=3, max_steps=3, caption_dropout=0.4, seed=4)
+    assert sha(tmp_path / "first/step-3.safetensors") != sha(tmp_path / "third/step-3.safetensors")
+
+
+def test_batch_size_and_accumulation_change_no_gradient(flux_folder, data, tmp_path):
+    weights = []
+    for batch_size, accumulation in ((1, 4), (2, 2), (4, 1)):
+        # with plain SGD the change of the weights is the gradient; the second step sees lora_A's as well
+        module = train_tiny(
+            flux_folder, data, tmp_path / f"batch{batch_size}", batch_size=batch_size, max_steps=2, num_epochs=2,
+            gradient_accumulation_steps=accumulation, optimizer="SGD", learning_rate=1.0, weight_decay=0.0,
+            max_grad_norm=0.0)
+        weights.append(module.trainable_parameters())
+    assert max(p.abs().max().item() for n, p in weights[0].items() if "lora_B" in n) > 1e-3
+    for other in weights[1:]:
+        for name, parameter in weights[0].items():
+            assert torch.allclose(parameter, other[name], rtol=0, atol=1e-6), name
+
+
+def test_cached_and_uncached_training_agree(flux_folder, data, tmp_path):
+    cached = train_tiny(flux_folder, data, tmp_path / "cached", max_steps=3).trainable_parameters()
+    direct = train_tiny(flux_folder, data, tmp_path / "direct", max_steps=3, cache="off").trainable_parameters()
+    for name, parameter in cached.items():
+        assert torch.allclose(parameter, direct[name], rtol=0, atol=1e-6), name
+
+
+def test_second_run_on_unchanged_data_encodes_nothing_and_lets_the_encoders_go(flux_folder, data, tmp_path, monkeypatch):
+    from diffsynth.diffusion.units import EncodeInputImage
+    from diffsynth.pipelines.flux import EncodePrompt
+
+    calls = {"EncodeInputImage": 0, "EncodePrompt": 0}
+    for unit in (EncodeInputImage, EncodePrompt):
+        def counted(self, pipe, _process=unit.process, _name=unit.__name__, **inputs):
+            calls[_name] += 1
+            return _process(self, pipe, **inputs)
+
+        monkeypatch.setattr(unit, "process", counted)
+    cache = str(tmp_path / "cache")
+    module = train_tiny(flux_folder, data, tmp_path / "first", max_steps=1, cache_path=cache)
+    assert calls == {"EncodeInputImage": 4, "EncodePrompt": 4}
+    assert module.pipe.text_encoder is None
+    assert module.pipe.text_encoder_2 is None
+    assert module.pipe.vae is None
+    train_tiny(flux_folder, data, tmp_path / "second", max_steps=1, cache_path=cache)
+    assert calls == {"EncodeInputImage": 4, "EncodePrompt": 4}
+
+
+def test_a_changed_caption_and_a_changed_picture_are_encoded_again_alone(flux_folder, tmp_path, monkeypatch):
+    from diffsynth.diffusion.units import EncodeInputImage
+    from diffsynth.pipelines.flux import EncodePrompt
+    from tests.pictures import draw_picture
+
+    data = make_dataset(tmp_path / "pictures", count=3)
+    cache = str(tmp_path / "cache")
+    train_tiny(flux_folder, data, tmp_path / "first", max_steps=1, cache_path=cache)
+    seen = []
+    for unit in (EncodeInputImage, EncodePrompt):
+        def counted(self, pipe, _process=unit.process, _name=unit.__name__, **inputs):
+            seen.append((_name, inputs.get("prompt")))
+            return _process(self, pipe, **inputs)
+
+        monkeypatch.setattr(unit, "process", counted)
+    metadata = data / "metadata.csv"
+    metadata.write_text(metadata.read_text(encoding="utf-8").replace("number 1", "number one"), encoding="utf-8")
+    draw_picture(7).save(data / "image_2.png")
+    train_tiny(flux_folder, data, tmp_path / "second", max_steps=1, cache_path=cache)
+    assert sorted(seen, key=str) == [("EncodeInputImage", None), ("EncodePrompt", ["a green picture, number one"])]
+
+
+def test_only_the_lora_moves_and_the_loss_falls_on_one_batch(flux_folder, tmp_path):
+    data = make_dataset(tmp_path / "pictures", count=1)
+    config = make_config(tmp_path / "before")
+    before = {name: tensor.clone() for name, tensor in make_module(flux_folder, config).pipe.dit.state_dict().items()}
+    module = train_tiny(
+        flux_folder, data, tmp_path / "run", dataset_repeat=60, learning_rate=1e-2, timestep_sampling="uniform", lora_rank=16,
+        save_steps=100)
+    after = module.pipe.dit.state_dict()
+    frozen = [name for name in before if "lora_" not in name]
+    for name in frozen:
+        assert torch.equal(before[name], after[name]), name
+    losses = [row["loss"] for row in rows(tmp_path / "run")]
+    assert sum(losses[-20:]) < 0.97 * sum(losses[:20])
+
+
+@pytest.mark.parametrize(("changes", "checks"), [
+    (dict(lr_scheduler="linear", lr_warmup_steps=2, num_epochs=2), lambda lr: lr[0] < lr[1] < lr[2] and lr[2] > lr[-1]),
+    (dict(lr_scheduler="cosine", num_epochs=2), lambda lr: lr == sorted(lr, reverse=True) and lr[-1] < 0.1 * lr[0]),
+    (dict(lr_scheduler="constant", num_epochs=2), lambda lr: set(lr) == {1e-3}),
+])
+def test_learning_rate_follows_its_schedule(flux_folder, data, tmp_path, changes, checks):
+    train_tiny(flux_folder, data, tmp_path, **changes)
+    assert checks([row["lr"] for row in rows(tmp_path)])
+
+
+def test_not_a_number_never_reaches_the_weights(flux_folder, data, tmp_path, monkeypatch):
+    import diffsynth.diffusion.training_module as home
+
+    real, seen = home.FlowMatchSFTLoss, []
+
+    def poisoned(pipe, **inputs):
+        seen.append(1)
+        return real(pipe, **inputs) * (float("nan") if len(seen) == 3 else 1)
+
+    monkeypatch.setattr(home, "FlowMatchSFTLoss", poisoned)
+    with pytest.raises(RunStopped, match="step 3"):
+        train_tiny(flux_folder, data, tmp_path, save_steps=1)
+    assert (tmp_path / "step-2.safetensors").exists()
+    assert not (tmp_path / "step-3.safetensors").exists()
+    assert len(rows(tmp_path)) == 2
+
+
+def test_full_training_saves_a_network_that_loads_again(flux_folder, data, tmp_path):
+    from diffsynth import load_component
+
+    module = train_tiny(
+        flux_folder, data, tmp_path, lora_base_model=None, lora_target_modules="", lora_rank=32, trainable_models="dit",
+        max_steps=2, remove_prefix_in_ckpt="pipe.dit.")
+    loaded = load_component(tmp_path / "step-2.safetensors" if (tmp_path / "step-2.safetensors").exists()
+                            else tmp_path / "epoch-0.safetensors", torch_dtype=torch.float32)
+    for name, tensor in module.pipe.dit.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name]), name
+
+
+def test_gradient_checkpointing_changes_no_gradient(flux_folder, data, tmp_path):
+    plain = train_tiny(flux_folder, data, tmp_path / "plain", max_steps=2).trainable_parameters()
+    for name, options in {"kept": {}, "offloaded": {"use_gradient_checkpointing_offload": True}}.items():
+        module = train_tiny(flux_folder, data, tmp_path / name, max_steps=2, use_gradient_checkpointing=True, **options)
+        assert module.pipe.dit.is_gradient_checkpointing
+        for key, parameter in module.trainable_parameters().items():
+            assert torch.allclose(parameter, plain[key], rtol=0, atol=1e-6), key
+
+
+def test_sample_pictures_are_drawn_before_and_during_training(flux_folder, data, tmp_path):
+    train_tiny(flux_folder, data, tmp_path, sample_prompts="a dog|a cat", sample_every=2, sample_steps=2, max_steps=4)
+    assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == [
+        "step-000000.png", "step-000002.png", "step-000004.png"]
+    assert (tmp_path / "samples.png").exists()
+
+
+def test_output_folder_of_another_run_is_refused(flux_folder, data, tmp_path):
+    train_tiny(flux_folder, data, tmp_path, max_steps=1)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    with pytest.raises(UserError, match="holds another run"):
+        train_tiny(flux_folder, data, tmp_path, max_steps=1)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+def test_keep_checkpoints_keeps_the_newest(flux_folder, data, tmp_path):
+    train_tiny(flux_folder, data, tmp_path, save_steps=1, keep_checkpoints=2)
+    assert sorted(path.name for path in tmp_path.glob("step-*.safetensors")) == ["step-3.safetensors", "step-4.safetensors"]
+
+
+def test_data_of_the_tiny_run_has_the_size_asked_for(data, tmp_path):
+    item = make_data(data, make_config(tmp_path)).load(0)
+    assert item["image"].size == (32, 32)
