@@ -70,6 +70,8 @@ def build_pipeline(folder: Path, *, guidance_embeds: bool = True, seed: int = 0)
     t5 = T5EncoderModel(T5Config(
         vocab_size=t5_vocab, d_model=64, d_ff=128, d_kv=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
         is_encoder_decoder=False, use_cache=False))
+    for network in (transformer, vae, clip, t5):
+        network.eval()
     scheduler = FlowMatchEulerDiscreteScheduler(
         shift=3.0 if guidance_embeds else 1.0, use_dynamic_shifting=guidance_embeds)
     return FluxPipeline(

@@ -31,11 +31,11 @@ def _t5() -> KeyMap:
 
 
 _TEXT_ENCODERS = {
-    "clip_l": ("lora_te1_", "clip_l", _clip("")),
-    "clip_g": ("lora_te2_", "clip_g", _clip("text_model.")),
-    "t5xxl": ("lora_te3_", "t5xxl", _t5()),
+    "clip_l": (("lora_te1_", "lora_te_"), "clip_l", _clip("")),
+    "clip_g": (("lora_te2_",), "clip_g", _clip("text_model.")),
+    "t5xxl": (("lora_te3_", "lora_te2_"), "t5xxl", _t5()),
 }
-"""Kind of network -> kohya's prefix, ComfyUI's name, table from the files' names to ours."""
+"""Kind of network -> kohya's prefixes (the first is written), ComfyUI's name, table from the files' names to ours."""
 
 # levels that training programs put around a network
 _WRAPPERS = ("base_model.model.", "model.diffusion_model.", "module.", "pipe.")
@@ -142,8 +142,9 @@ def _component_names(component: Component, family: ModelFamily, num_text_encoder
     if component.spec.kind not in _TEXT_ENCODERS:
         return None
     kohya, comfyui, table = _TEXT_ENCODERS[component.spec.kind]
-    prefixes = ("lora_te_", kohya) if num_text_encoders == 1 else (kohya, "lora_te_", "lora_te2_")
-    return ComponentNames(component.name, False, f"{component.name}.", prefixes,
+    if num_text_encoders == 1:
+        kohya = ("lora_te_", *kohya)
+    return ComponentNames(component.name, False, f"{component.name}.", kohya,
                           f"text_encoders.{comfyui}.transformer.", table, table)
 
 

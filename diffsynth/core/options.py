@@ -218,7 +218,7 @@ class Options(BaseModel):
         for origin in order:
             chosen = {name: values[name] for name in sections[origin]}
             text.append(f"\n# from: {origin}\n")
-            text.append(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110))
+            text.append(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, default_flow_style=False))
         return "".join(text)
 
 

@@ -61,10 +61,10 @@ def uniform(shape: Sequence[int], purpose: str, device: torch.device | str = "cp
 def _draw(sampler, shape: Sequence[int], purpose: str) -> torch.Tensor:
     draw = _CURRENT.get()
     if draw is None:
-        return sampler(*shape)
+        return sampler(tuple(shape))
     if shape[0] != len(draw.items):
         raise ValueError(f"{purpose}: asked for {shape[0]} rows, but the batch holds {len(draw.items)} items.")
     rows = [
-        sampler(*shape[1:], generator=keyed_generator(draw.seed, draw.epoch, item, purpose)) for item in draw.items
+        sampler(tuple(shape[1:]), generator=keyed_generator(draw.seed, draw.epoch, item, purpose)) for item in draw.items
     ]
     return torch.stack(rows)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..core.errors import UserError
-from ..core.loader.reader import save_safetensors
+from ..core.loader.writer import save_safetensors
 
 _STATE_NAME = re.compile(r"step-(\d+)")
 

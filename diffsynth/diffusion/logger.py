@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..core.errors import UserError
-from ..core.loader.reader import save_safetensors
+from ..core.loader.writer import save_safetensors
 
 if TYPE_CHECKING:
     from ..config import TrainConfig

@@ -33,22 +33,13 @@ def inspect_files(paths: Path | str | Sequence[Path | str]) -> dict[str, Any]:
     for group in weight_groups(paths):
         with WeightReader(group) as reader:
             found = find_components(reader, specs)
-            unrecognised += assign_weights(reader.tensors, found, [expected_names(part) for part in found])
+            unrecognised += assign_weights(reader.tensors, found, [part.expected_names() for part in found])
             components += [_describe(part, reader) for part in found]
             if not found:
-                unknown = f"{reader.describe()} holds no known network; {describe_unknown(reader)}."
+                unknown = f"{reader.describe()} holds no known network; {describe_unknown(reader.tensors)}."
     if not components:
         raise UserError(unknown or f"{paths} holds no weights.")
     return {"components": components, "unrecognised": unrecognised}
-
-
-def expected_names(found: Found) -> list[str]:
-    """Every name the network has here: from its table where there is one, else from the class on the meta device."""
-    if found.spec.our_names is not None:
-        return found.spec.our_names(found.config)
-    from .building import build_empty
-
-    return list(build_empty(found.spec, found.config).state_dict())
 
 
 def _describe(found: Found, reader: WeightReader) -> dict[str, Any]:

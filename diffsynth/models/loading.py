@@ -19,7 +19,6 @@ from ..core.loader.files import weight_groups
 from ..core.loader.reader import WeightReader
 from ..core.loader.writer import save_safetensors
 from .building import build_empty, stream_weights
-from .inspection import expected_names
 from .recognition import Found, assign_weights, describe_unknown, find_components
 from .registry import all_component_specs
 from .spec import Component, ComponentSpec, ModelFamily
@@ -49,6 +48,8 @@ class _Located:
     found: Found
     others: list[Found]
     reader: WeightReader
+    stray: list[str]
+    """Weights of the file that belong to none of the networks found in it."""
 
 
 def load_component(path_or_paths: ModelSource, name: str | None = None, torch_dtype: torch.dtype | None = None,
@@ -109,11 +110,17 @@ def load_components(configs: Iterable[ModelSource], family: ModelFamily, torch_d
                 places[component.name] = place
         for component in wanted:
             if component.name not in places and not component.optional:
-                given = ", ".join(f"{name} from {place.reader.describe()}" for name, place in places.items())
-                raise UserError(f"{family.name} needs {component.name}, which none of the files holds "
-                                f"(found: {given or 'nothing'}); add {component.found_in}.")
+                raise _missing(component, family, places)
         return {component.name: _load(places[component.name], component.name, torch_dtype, device)
                 for component in wanted if component.name in places}
+
+
+def _missing(component: Component, family: ModelFamily, places: dict[str, _Located]) -> UserError:
+    given = ", ".join(f"{name} from {place.reader.describe()}" for name, place in places.items())
+    rest = next((f" {place.reader.describe()} also holds other weights: "
+                 f"{describe_unknown(dict.fromkeys(place.stray))}." for place in places.values() if place.stray), "")
+    return UserError(f"{family.name} needs {component.name}, which none of the files holds "
+                     f"(found: {given or 'nothing'}); add {component.found_in}.{rest}")
 
 
 def _wanted(family: ModelFamily, names: set[str] | None) -> list[Component]:
@@ -148,18 +155,19 @@ def _locate(reader: WeightReader, specs: Sequence[ComponentSpec], constants: Any
                             "give the files of one family only.")
     if not found and required:
         user = f"{family.name} can use" if family is not None else "is known"
-        raise UserError(f"{reader.describe()} holds no network that {user}; {describe_unknown(reader)}.")
-    return [_Located(component, found, reader) for component in found]
+        raise UserError(f"{reader.describe()} holds no network that {user}; {describe_unknown(reader.tensors)}.")
+    stray = assign_weights(reader.tensors, found, [component.expected_names() for component in found])
+    return [_Located(component, found, reader, stray) for component in found]
 
 
 def _load(place: _Located, name: str, torch_dtype: torch.dtype | None, device: torch.device | str) -> LoadedComponent:
     found, reader = place.found, place.reader
     module = build_empty(found.spec, found.config)
-    expected = [module.state_dict().keys() if other is found else expected_names(other) for other in place.others]
-    stray = assign_weights(reader.tensors, place.others, expected)
-    if stray:
-        logger.warning("%s: %d weights belong to no known network, for example %s.", reader.describe(), len(stray),
-                       stray[:3])
+    expected = [module.state_dict().keys() if other is found else other.expected_names() for other in place.others]
+    assign_weights(reader.tensors, place.others, expected)
+    if place.stray:
+        logger.warning("%s: %d weights belong to no known network, for example %s.", reader.describe(),
+                       len(place.stray), place.stray[:3])
     _check_complete(found, reader)
     stream_weights(module, found, reader, _safe_dtype(found.spec, torch_dtype or torch.float32), device)
     settings = json.dumps(found.config, sort_keys=True, default=str)

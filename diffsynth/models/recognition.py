@@ -49,6 +49,14 @@ class Found:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
 
+    def expected_names(self) -> list[str]:
+        """Every name the network has here: from its table if it has one, else from the class on the meta device."""
+        if self.spec.our_names is not None:
+            return self.spec.our_names(self.config)
+        from .building import build_empty
+
+        return list(build_empty(self.spec, self.config).state_dict())
+
     @cached_property
     def key_map(self) -> KeyMap | None:
         return self.layout.key_map(self.config) if self.layout.key_map else None
@@ -188,9 +196,9 @@ def _missing(component: Found, wanted: set[str]) -> list[str]:
     return list(missing)
 
 
-def describe_unknown(reader: WeightReader) -> str:
-    """What a file that was not recognised seems to be, for messages."""
+def describe_unknown(tensors: Mapping[str, object]) -> str:
+    """What weights that were not recognised seem to be, for messages."""
     for pattern, description in TELLTALES:
-        if any(re.search(pattern, key) for key in reader.tensors):
-            return f"it seems to be {description}; it holds {first_keys(reader.tensors)}"
-    return f"it holds {first_keys(reader.tensors)}"
+        if any(re.search(pattern, key) for key in tensors):
+            return f"it seems to be {description}; it holds {first_keys(tensors)}"
+    return f"it holds {first_keys(tensors)}"

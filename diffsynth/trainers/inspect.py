@@ -116,7 +116,8 @@ def inspect_dataset(folder: Path, metadata: Path | None) -> dict[str, Any]:
     columns = list(table.row(0))
     keys = tuple(key for key in ("image", "video") if key in columns)
     dataset = UnifiedDataset(folder, metadata, data_file_keys=keys,
-                             main_data_operator=UnifiedDataset.default_image_operator(str(folder)))
+                             main_data_operator=UnifiedDataset.default_image_operator(
+                                 str(folder), height_division_factor=1, width_division_factor=1))
     sizes, problems = _sizes_and_problems(dataset) if "image" in keys else (Counter(), [])
     captions = [str(table.row(item).get("prompt", "")) for item in range(table.num_rows)]
     if "prompt" not in columns:

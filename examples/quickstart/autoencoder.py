@@ -99,7 +99,7 @@ def train_autoencoder(folder: Path, steps: int, seed: int) -> torch.nn.Module:
     torch.manual_seed(seed)
     module = AutoencoderTraining(build_autoencoder())
     pictures = make_pictures(8000, seed)
-    parts = (("crops", SIZE // 2, 16, "constant_with_warmup", 1.5e-3), ("whole", SIZE, 4, "cosine", 1e-3))
+    parts = (("crops", SIZE // 2, 16, "constant_with_warmup", 1.5e-3), ("whole", SIZE, 4, "cosine", 7e-4))
     for (name, side, batch_size, schedule, learning_rate), share in zip(parts, (0.6, 0.4), strict=True):
         part_steps = round(steps * share)
         launch_training_task(

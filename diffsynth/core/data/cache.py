@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..errors import UserError
-from ..loader.reader import save_safetensors
+from ..loader.writer import save_safetensors
 
 FORMAT_VERSION = "1"
 """Part of every key; a new number makes all older entries unused."""

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from ..errors import UserError
 from .files import require_file
@@ -27,6 +27,15 @@ which Pillow, too, calls a picture a decompression bomb."""
 # No EPS or other format whose reader starts a program.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "TGA")
 _ORIENTATION_TAG = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _SIDEWAYS = frozenset({5, 6, 7, 8})
 # What Pillow's readers raise on damaged files.
 _DECODE_ERRORS = (
@@ -54,17 +63,28 @@ def read_image(path: Path) -> Image.Image:
     """
     with _open(path) as image:
         image.load()
-        upright = ImageOps.exif_transpose(image)
-        return _to_srgb(upright, path)
+        turn = _UPRIGHT.get(_orientation(image, path))
+        return _to_srgb(image if turn is None else image.transpose(turn), path)
 
 
 def read_size(path: Path) -> tuple[int, int]:
     """(height, width) of the upright picture, from the file's header alone."""
     with _open(path) as image:
         width, height = image.size
-        # Pillow already gives the upright size of TIFF files
-        sideways = image.format != "TIFF" and image.getexif().get(_ORIENTATION_TAG) in _SIDEWAYS
+        # Pillow itself turns TIFF files, and has their upright size already
+        sideways = image.format != "TIFF" and _orientation(image, path) in _SIDEWAYS
         return (width, height) if sideways else (height, width)
+
+
+def _orientation(image: Image.Image, path: Path) -> int:
+    """The EXIF orientation, 1 to 8."""
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except _DECODE_ERRORS as error:
+        # every viewer shows such a picture as it is stored
+        _logger.warning("%s: its EXIF data is damaged (%s) and not used.", path, error)
+        return 1
+    return value if isinstance(value, int) else 1
 
 
 @contextmanager

@@ -178,12 +178,14 @@ class _PickleFile:
 
 def _load_pickle(path: Path) -> Any:
     try:
+        if path.suffix == ".safetensors":  # torch goes by the name of a path; a file object it reads as what it is
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        if "Unsupported" not in str(error):
-            raise UserError(f"{path} is no readable PyTorch checkpoint; download it again.") from error
-        raise UserError(f"{path} is a pickle that holds more than tensors and could run code when opened, so it was "
-                        f"refused; use a safetensors file of this model.") from error
+        damaged = " or is damaged" if "Unsupported operand" in str(error) else ""
+        raise UserError(f"{path} is a pickle that holds more than tensors and could run code when opened{damaged}, so "
+                        "it was refused; use a safetensors file of this model.") from error
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, IndexError, TypeError) as error:
         raise UserError(f"{path} is no readable PyTorch checkpoint, perhaps truncated ({_first_line(error)}); "
                         "download it again.") from error
