@@ -160,7 +160,7 @@ class OutputOptions(Options):
     )
     resume: str = Field("never", description="never; auto (continue in output_path if possible); or a state folder.")
     cache: Literal["auto", "off"] = Field("auto", description="Keep the outputs of the frozen models on disk.")
-    cache_path: str | None = Field(None, description="Folder of that cache. Left out: {output_path}/cache.")
+    cache_path: str | None = Field(None, description="Folder of that cache, shared by all runs. Left out: models/cache.")
     logger: Literal["none", "tensorboard"] = Field("none", description="Metrics besides metrics.jsonl.")
 
 

@@ -22,7 +22,8 @@ DEFAULTS: dict[str, Any] = dict(
 
 
 def make_config(output_path: Path, **options: Any) -> TrainConfig:
-    return TrainConfig(**{**DEFAULTS, "output_path": str(output_path), **options})
+    cache_path = str(output_path.parent / f"{output_path.name}-cache")
+    return TrainConfig(**{**DEFAULTS, "output_path": str(output_path), "cache_path": cache_path, **options})
 
 
 def make_module(flux_folder: Path, config: TrainConfig) -> PipelineTrainingModule:

@@ -50,7 +50,7 @@ def save_lora(
     if is_pickle:
         _save_pickle(path, tensors)
     else:
-        save_safetensors(path, tensors, file_metadata(states, family, fmt, base, options))
+        save_safetensors(path, tensors, file_metadata(states, tensors, family, fmt, base, options))
     _check_written(path, states, family)
 
 
@@ -85,7 +85,7 @@ def _check_written(path: Path, states: Mapping[str, LoraState], family: ModelFam
         for name, layer in state.layers.items():
             if layer.up.any() and (name not in read or not same_change(layer, read[name])):
                 path.unlink()
-                raise RuntimeError(f"{path}: layer {name!r} of {component} reads back differently; the file was removed.")
+                raise RuntimeError(f"{path}: layer {name!r} of {component} reads back differently; it was removed.")
 
 
 def _save_pickle(path: Path, tensors: dict[str, torch.Tensor]) -> None:

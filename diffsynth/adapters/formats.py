@@ -15,7 +15,7 @@ from ..core.errors import UserError, did_you_mean
 from ..models.keymap import Match
 from ..models.spec import ModelFamily
 from .names import ComponentNames, family_names
-from .state import LoraLayer, LoraState, fuse, number_text, total_alpha, total_rank, unfuse
+from .state import LoraLayer, LoraState, fuse, number_text, one_value, unfuse
 
 FORMATS = ("diffusers", "kohya", "comfyui", "diffsynth")
 ADAPTER_METADATA = "lora_adapter_metadata"
@@ -52,7 +52,8 @@ def resolve_format(fmt: str, family: ModelFamily) -> str:
     if fmt == "auto":
         return family.lora_format
     if fmt not in FORMATS:
-        raise UserError(f"lora_format {fmt!r} is not known; use auto, {', '.join(FORMATS)}.{did_you_mean(fmt, FORMATS)}")
+        raise UserError(f"lora_format {fmt!r} is not known; use auto, {', '.join(FORMATS)}."
+                        f"{did_you_mean(fmt, FORMATS)}")
     return fmt
 
 
@@ -119,18 +120,24 @@ def _file_layers(state: LoraState, names: ComponentNames, fmt: str) -> dict[str,
 
 
 def file_metadata(
-    states: Mapping[str, LoraState], family: ModelFamily, fmt: str, base: str, options: Mapping[str, Any] | None
+    states: Mapping[str, LoraState],
+    tensors: Mapping[str, torch.Tensor],
+    family: ModelFamily,
+    fmt: str,
+    base: str,
+    options: Mapping[str, Any] | None,
 ) -> dict[str, str]:
-    """Metadata of a file in this format."""
+    """Metadata of a file in this format that holds ``tensors``."""
+    layers = [layer for state in states.values() for layer in state.layers.values()]
     metadata = {
         "format": "pt",  # the key by which Hugging Face libraries know the framework
         "lora_format": fmt,
-        "rank": total_rank(states),
-        "alpha": total_alpha(states),
+        "rank": one_value(layer.rank for layer in layers),
+        "alpha": one_value(layer.alpha for layer in layers),
         "base": base or family.name,
         "components": ",".join(states),
     }
-    if any(layer.use_rslora for state in states.values() for layer in state.layers.values()):
+    if any(layer.use_rslora for layer in layers):
         metadata["rslora"] = "true"
     if options:
         metadata["options"] = json.dumps(dict(options), sort_keys=True, default=str, ensure_ascii=False)
@@ -140,10 +147,10 @@ def file_metadata(
             config.update(_peft_config(state, family_names(family).components[component]))
         metadata[ADAPTER_METADATA] = json.dumps(config, indent=2, sort_keys=True)
     if fmt == "kohya":
-        written = {name: LoraState(_file_layers(state, family_names(family).components[name], fmt))
-                   for name, state in states.items()}
-        metadata.update(ss_network_module="networks.lora", ss_network_dim=total_rank(written),
-                        ss_network_alpha=total_alpha(written))
+        ranks = (tensor.shape[0] for key, tensor in tensors.items() if key.endswith(_SUFFIXES[fmt][0]))
+        alphas = (float(tensor) for key, tensor in tensors.items() if key.endswith(".alpha"))
+        metadata.update(ss_network_module="networks.lora", ss_network_dim=one_value(ranks),
+                        ss_network_alpha=one_value(alphas))
     return metadata
 
 
@@ -237,11 +244,13 @@ def _mismatch(sources: Mapping[str, _Source], unmatched: list[str], unknown: lis
     from ..models.registry import all_families
 
     if not unmatched:
-        kind = "belongs to an adapter of another kind" if _OTHER_ADAPTERS.search(unknown[0]) else "is not part of a LoRA"
+        of_adapter = _OTHER_ADAPTERS.search(unknown[0])
+        kind = "belongs to an adapter of another kind" if of_adapter else "is not part of a LoRA"
         return f"tensor {unknown[0]!r} {kind}; only plain LoRA and DoRA files are supported."
     for other in all_families():
         if other.name != family.name and all(map(family_names(other).match, sources)):
-            return f"it is a LoRA of {other.name}, not of {family.name}; load it with {other.pipeline.rpartition('.')[2]}."
+            pipeline = other.pipeline.rpartition(".")[2]
+            return f"it is a LoRA of {other.name}, not of {family.name}; load it with {pipeline}."
     total = len(sources)
     if len(unmatched) == total:
         return (f"it is not a LoRA of {family.name}: none of its {total} layers exists there, "
@@ -260,8 +269,8 @@ def _read_layer(
         raise UserError(f"layer {module!r} is incomplete: it has {present} but not the {missing[0]} factor.")
     down, up = get(source.keys["down"]), get(source.keys["up"])
     if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != down.shape[0]:
-        raise UserError(f"layer {module!r}: factors of shapes {tuple(down.shape)} and {tuple(up.shape)} do not multiply; "
-                        "the file is damaged.")
+        raise UserError(f"layer {module!r}: factors of shapes {tuple(down.shape)} and {tuple(up.shape)} do not "
+                        "multiply; the file is damaged.")
     rank = down.shape[0]
     layer = LoraLayer(down, up, float(rank), rank)
     if "alpha" in source.keys:

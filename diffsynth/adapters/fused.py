@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .state import LoraLayer, LoraState
+from .targets import AdaptableLayer
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class _Fused:
     applied: list[tuple[LoraState, float]] = field(default_factory=list)
 
 
-def fuse_lora(module: torch.nn.Module, layers: Mapping[str, torch.nn.Module], state: LoraState, strength: float) -> None:
+def fuse_lora(module: torch.nn.Module, layers: Mapping[str, AdaptableLayer], state: LoraState, strength: float) -> None:
     """Add ``strength`` times a LoRA to the weights, summed in float32 from the untouched ones.
 
     Args:
@@ -49,7 +50,7 @@ def fuse_lora(module: torch.nn.Module, layers: Mapping[str, torch.nn.Module], st
                        "hotload=True keeps it exact.")
 
 
-def unfuse_lora(module: torch.nn.Module, layers: Mapping[str, torch.nn.Module]) -> None:
+def unfuse_lora(module: torch.nn.Module, layers: Mapping[str, AdaptableLayer]) -> None:
     """Restore the weights from before the first fused LoRA, bit for bit."""
     record: _Fused | None = module.__dict__.pop(_ATTRIBUTE, None)
     if record is None:

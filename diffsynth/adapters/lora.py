@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -252,7 +253,8 @@ def _inject(
         target_modules=f"({'|'.join(re.escape(name) for name in names)})",
     )
     # peft draws initial values of its own, which are replaced; the global generator must not notice
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are meant
         inject_adapter_in_model(config, module, adapter_name)
     for _, _, layer in _tuner_layers(module):
         _activate(layer)
@@ -290,7 +292,7 @@ def _adapter_parameters(layer: Any, adapter_name: str) -> list[torch.nn.Paramete
     ]
 
 
-def _set(factor: torch.nn.Module, values: torch.Tensor, dtype: torch.dtype) -> None:
+def _set(factor: Any, values: torch.Tensor, dtype: torch.dtype) -> None:
     factor.weight = torch.nn.Parameter(values.detach().to(factor.weight.device, dtype, copy=True))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -74,19 +74,25 @@ class LoraState:
 def same_change(first: LoraLayer, second: LoraLayer, tolerance: float = 1e-6) -> bool:
     """Whether two layers change the weight equally, relative to the size of the factors.
 
-    The Frobenius norm of the difference, which bounds its largest element, is computed from the small Gram matrices:
-    the dense products of a large network would take minutes.
+    The Frobenius norm of the difference, which bounds its largest element, is computed from the factors: the dense
+    products of a large network would take minutes.
     """
     if first.shape != second.shape or (first.dora_scale is None) != (second.dora_scale is None):
         return False
-    if first.dora_scale is not None and not torch.allclose(first.dora_scale, second.dora_scale, rtol=tolerance, atol=0):
-        return False
+    if first.dora_scale is not None and second.dora_scale is not None:
+        norms = (first.dora_scale.flatten(), second.dora_scale.flatten())
+        if norms[0].shape != norms[1].shape or not torch.allclose(*norms, rtol=tolerance, atol=0):
+            return False
+    if first.scale == second.scale and torch.equal(first.up, second.up) and torch.equal(first.down, second.down):
+        return True
     ups = [layer.up.detach().to("cpu", torch.float64).flatten(1) * layer.scale for layer in (first, second)]
     downs = [layer.down.detach().to("cpu", torch.float64).flatten(1) for layer in (first, second)]
+    size = max(float(ups[0].norm() * downs[0].norm()), float(ups[1].norm() * downs[1].norm()))
+    if downs[0].shape == downs[1].shape and torch.equal(downs[0], downs[1]):
+        return float((ups[0] - ups[1]).norm() * downs[0].norm()) <= tolerance * size
     up = torch.cat([ups[0], -ups[1]], dim=1)
     down = torch.cat([downs[0], downs[1]], dim=0)
-    squared = ((up.T @ up) * (down @ down.T)).sum().clamp_min(0)
-    size = max(float(ups[0].norm() * downs[0].norm()), float(ups[1].norm() * downs[1].norm()))
+    squared = ((up.T @ up) * (down @ down.T)).sum().clamp_min(0)  # the trace of two small Gram matrices
     return math.sqrt(float(squared)) <= tolerance * size
 
 
@@ -102,7 +108,7 @@ def fuse(match: Match, layers: Sequence[LoraLayer | None]) -> LoraLayer:
         return replace(first, down=_squeeze(first.down, rule.squeeze), up=to_original(rule, [first.up]),
                        alpha=first.plain_alpha, use_rslora=False)
     same_scale = all(math.isclose(layer.scale, first.scale, rel_tol=1e-12) for layer in present)
-    if same_scale and len(present) == len(layers) and all(torch.equal(layer.down, first.down) for layer in present):
+    if same_scale and len(present) == len(layers) and all(_equal(layer.down, first.down) for layer in present):
         return replace(first, up=to_original(rule, [layer.up for layer in present]), alpha=first.plain_alpha,
                        use_rslora=False)
     if not same_scale:
@@ -145,31 +151,29 @@ def unfuse(match: Match, layer: LoraLayer) -> dict[str, LoraLayer]:
 
 def _columns_of_parts(ups: Sequence[torch.Tensor], rank: int) -> Sequence[list[int] | None]:
     """Which columns of the fused ``up`` each part uses; None for every part when they share columns."""
+    used = [up.flatten(1).ne(0).any(dim=0).nonzero().flatten().tolist() for up in ups]
     share = rank // len(ups)
     if rank % len(ups) == 0:
         equal = [list(range(index * share, (index + 1) * share)) for index in range(len(ups))]
-        outside = (up[:, [c for c in range(rank) if c not in own]] for up, own in zip(ups, equal, strict=True))
-        if all(not block.any() for block in outside):
+        if all(set(columns) <= set(own) for columns, own in zip(used, equal, strict=True)):
             return equal
-    used = [up.ne(0).any(dim=0).nonzero().flatten().tolist() for up in ups]
     disjoint = sum(map(len, used)) == len(set().union(*used))
     return used if disjoint and any(used) else [None] * len(ups)
+
+
+def _equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    # the first row tells most pairs apart
+    return first.shape == second.shape and torch.equal(first[:1], second[:1]) and torch.equal(first, second)
 
 
 def _squeeze(down: torch.Tensor, is_convolution: bool) -> torch.Tensor:
     return down[:, :, None, None] if is_convolution and down.ndim == 2 else down
 
 
-def total_alpha(states: Mapping[str, LoraState]) -> str:
-    """The one alpha of all layers, or ``Dynamic``."""
-    alphas = {layer.alpha for state in states.values() for layer in state.layers.values()}
-    return number_text(alphas.pop()) if len(alphas) == 1 else "Dynamic"
-
-
-def total_rank(states: Mapping[str, LoraState]) -> str:
-    """The one rank of all layers, or ``Dynamic``."""
-    ranks = {layer.rank for state in states.values() for layer in state.layers.values()}
-    return str(ranks.pop()) if len(ranks) == 1 else "Dynamic"
+def one_value(values: Iterable[float]) -> str:
+    """The value that all have, or ``Dynamic`` as kohya calls a mixture."""
+    different = set(values)
+    return number_text(different.pop()) if len(different) == 1 else "Dynamic"
 
 
 def number_text(value: float) -> str:

@@ -11,14 +11,16 @@ from ..core.errors import UserError, did_you_mean
 from ..models.spec import ModelFamily
 from .names import ComponentNames, family_names
 
+AdaptableLayer = torch.nn.Linear | torch.nn.Conv2d
+
 _REGEX_SIGNS = re.compile(r"[\\^$*+?\[\](){}|]")
 
 
-def adaptable_layers(module: torch.nn.Module) -> dict[str, torch.nn.Module]:
+def adaptable_layers(module: torch.nn.Module) -> dict[str, AdaptableLayer]:
     """Every linear layer and convolution by its name without adapters around it."""
-    layers: dict[str, torch.nn.Module] = {}
+    layers: dict[str, AdaptableLayer] = {}
     for name, layer in module.named_modules():
-        if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d) and not _inside_adapter(name):
+        if isinstance(layer, AdaptableLayer) and not _inside_adapter(name):
             layers[name.removesuffix(".base_layer")] = layer
     return layers
 

@@ -19,6 +19,7 @@ from rich.text import Text
 from ..config import TrainConfig
 from ..core import random
 from ..core.errors import RunStopped
+from ..core.loader import model_base_path
 from .checkpoint import (
     Progress,
     TrainingState,
@@ -126,7 +127,7 @@ class _Task:
         config, model = self.config, self.model
         if config.cache == "off" or not isinstance(model, PipelineTrainingModule) or not model.prefix.units:
             return dataset
-        folder = Path(config.cache_path) if config.cache_path else self.files.output_path / "cache"
+        folder = Path(config.cache_path) if config.cache_path else model_base_path() / "cache"
         with _progress_bar(self.is_main) as bar:
             cached = cache_frozen_prefix(
                 model, dataset, folder, self.accelerator.process_index, self.accelerator.num_processes,

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..core.errors import UserError
 from ..core.loader.reader import WeightReader
-from .keymap import to_ours
+from .keymap import shapes_to_ours
 from .recognition import Found
 from .spec import ComponentSpec
 
@@ -66,18 +66,21 @@ def stream_weights(module: nn.Module, found: Found, reader: WeightReader, torch_
     keep_float32 = _float32_names(module, torch_dtype)
     tied = {**found.spec.tied, **{second: first for first, second in found.spec.tied.items()}}
     for key, match in found.sources.items():
-        parts = to_ours(match.rule, reader.get(key))
-        for ours, part in zip(match.ours, parts, strict=True):
-            if part.shape != targets[ours].shape:
-                raise UserError(f"weight {key!r} of {reader.describe()} has shape {tuple(part.shape)} for {ours!r}, "
+        info = reader.tensors[key]
+        shapes = shapes_to_ours(match.rule, info.shape)
+        first_row = 0
+        for ours, shape in zip(match.ours, shapes, strict=True):
+            if shape != targets[ours].shape:
+                raise UserError(f"weight {key!r} of {reader.describe()} has shape {shape} for {ours!r}, "
                                 f"but {type(module).__name__} needs {tuple(targets[ours].shape)}; the file or the "
                                 "configuration beside it belongs to another model.")
             dtype = torch.float32 if any(name in ours.split(".") for name in keep_float32) else torch_dtype
-            tensor = part.to(device=device, dtype=dtype if part.is_floating_point() else part.dtype)
-            # a view would keep the whole fused tensor, or the file's memory map, alive
-            owned = tensor.untyped_storage().nbytes() == tensor.nbytes and reader.owns(key)
-            names = [ours, tied[ours]] if ours in tied else [ours]
-            _assign(module, names, tensor if owned or tensor is not part else tensor.clone())
+            tensor = torch.empty(shape, dtype=dtype if info.dtype.is_floating_point else info.dtype, device=device)
+            reader.read_rows(key, first_row, tensor)
+            first_row += shape[0] if shape else 0
+            if match.rule.swap_halves:
+                tensor = torch.cat(list(reversed(tensor.chunk(2, dim=0))), dim=0)
+            _assign(module, [ours, tied[ours]] if ours in tied else [ours], tensor)
     _finish_buffers(module, device)
 
 

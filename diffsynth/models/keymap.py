@@ -93,7 +93,8 @@ class KeyMap:
         for pattern, index, rule in self._patterns[1].get(key.split(".", 1)[0], ()):
             if found := pattern.fullmatch(key):
                 values = found.groupdict()
-                return Match(_fill(rule.original, values), tuple(_fill(name, values) for name in rule.ours), index, rule)
+                ours = tuple(_fill(name, values) for name in rule.ours)
+                return Match(_fill(rule.original, values), ours, index, rule)
         return None
 
     def to_ours(self, original: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -95,7 +95,7 @@ class ModelFamily:
     """Pipeline attribute -> (transformers class path, folder in the repository)."""
     default_lora_targets: tuple[str, ...]
     lora_aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Layer names of the older generation -> our layer names (``a_to_qkv`` -> ``attn.to_q``, ``attn.to_k``, ``attn.to_v``)."""
+    """Layer names of the older generation -> ours (``a_to_qkv`` -> ``attn.to_q``, ``attn.to_k``, ``attn.to_v``)."""
     lora_format: str = "diffusers"
     """What ``--lora_format auto`` writes."""
     lora_key_maps: Mapping[str, Callable[[], KeyMap]] = field(default_factory=dict)

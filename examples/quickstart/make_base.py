@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from scenes import SIZE, example
 from text_encoders import WIDTH, make_text_encoders
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffsynth import FluxImagePipeline, ModelConfig, load_component
 from diffsynth.config import TrainConfig
@@ -112,11 +113,11 @@ def write_transformer(work: Path, pictures: int, steps: int, seed: int, resume: 
         learning_rate=1e-3,
         lr_scheduler="cosine",
         lr_warmup_steps=300,
-        optimizer_args={"betas": [0.9, 0.99]},
+        optimizer_args={"betas": [0.9, 0.99], "fused": True},
         timestep_sampling="logit_normal",
         caption_dropout=0.1,
         mixed_precision="bf16",
-        save_steps=500,
+        save_steps=250,
         keep_checkpoints=1,
         sample_prompts=[*SHEET[0]],
         sample_every=1000,
@@ -126,7 +127,9 @@ def write_transformer(work: Path, pictures: int, steps: int, seed: int, resume: 
         seed=seed,
         resume=resume,
     )
-    train(config)
+    # on a CPU, the plain attention is a fifth faster than the fused one at these sizes
+    with sdpa_kernel([SDPBackend.MATH]):
+        train(config)
     # the state holds the weights in float32, the exported file in the precision of the run
     state = max((work / "train_transformer" / "state").glob("step-*"), key=lambda path: int(path.name[5:]))
     weights = load_file(state / "weights.safetensors")
@@ -175,7 +178,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autoencoder_steps", type=int, default=6500)
     parser.add_argument("--pictures", type=int, default=8000)
-    parser.add_argument("--steps", type=int, default=9000, help="Optimizer steps of the transformer.")
+    parser.add_argument("--steps", type=int, default=8000, help="Optimizer steps of the transformer.")
     parser.add_argument("--resume", default="auto", help="never, auto, or a state folder of the transformer's run.")
     args = parser.parse_args()
     work: Path = args.work_path

@@ -30,7 +30,7 @@ def rows(path):
 def test_a_run_writes_weights_state_metrics_configuration_and_curve(flux_folder, data, tmp_path):
     train_tiny(flux_folder, data, tmp_path, num_epochs=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "cache", "config.yaml", "epoch-0.safetensors", "epoch-1.safetensors", "loss_curve.png", "metrics.jsonl", "state"]
+        "config.yaml", "epoch-0.safetensors", "epoch-1.safetensors", "loss_curve.png", "metrics.jsonl", "state"]
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-8"]
     metrics = rows(tmp_path)
     assert [row["step"] for row in metrics] == list(range(1, 9))

@@ -119,6 +119,8 @@ class UnifiedDataset(torch.utils.data.Dataset):
         """
         number, row = self._row_number(item), self.row(item)
         draw = self._draw(number, variant)
+        with self._naming(number, ", ".join(self.data_file_keys)):
+            self._require_file_key(row)
         for key, column_operator in self._operators.items():
             if key in row:
                 with self._naming(number, key):
@@ -215,8 +217,10 @@ class UnifiedDataset(torch.utils.data.Dataset):
         found: list[tuple[int, PlannedFile]] = []
         for number, value in enumerate(self._table.columns[key]):
             if value is ABSENT:
-                if self._file_columns.isdisjoint(self._table.row(number)):
-                    problems[number, key] = f"the row has none of the columns {', '.join(self.data_file_keys)}."
+                try:
+                    self._require_file_key(self._table.row(number))
+                except UserError as error:
+                    problems[number, key] = str(error)
                 continue
             files = known.get(value) if isinstance(value, str) else None
             if files is None:
@@ -230,6 +234,11 @@ class UnifiedDataset(torch.utils.data.Dataset):
                     known[value] = files
             found.extend((number, file) for file in files)
         return found
+
+    def _require_file_key(self, row: Mapping[str, Any]) -> None:
+        # a row of json metadata may lack some of the columns, but names at least one file
+        if self.data_file_keys and row.keys().isdisjoint(self.data_file_keys):
+            raise UserError(f"the row has none of the columns {', '.join(self.data_file_keys)}; name a file.")
 
     def _read_bucket(self, item: int, number: int) -> tuple[int, int] | None:
         row = self.row(item)

@@ -64,7 +64,7 @@ def read_image(path: Path) -> Image.Image:
     with _open(path) as image:
         image.load()
         turn = _UPRIGHT.get(_orientation(image, path))
-        return _to_srgb(image if turn is None else image.transpose(turn), path)
+    return _to_srgb(image if turn is None else image.transpose(turn), path)
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -136,6 +136,8 @@ def _to_srgb(image: Image.Image, path: Path) -> Image.Image:
 def _to_eight_bits(image: Image.Image, path: Path) -> Image.Image:
     if image.mode == "F":
         raise UserError(f"{path} has floating-point pixels, whose range is unknown; save it with 8 or 16 bits.")
+    if image.mode == "LAB":
+        raise UserError(f"{path} has Lab colours, which are not read; save it as RGB.")
     if not image.mode.startswith("I"):
         return image
     values = np.asarray(image).astype(np.int64)

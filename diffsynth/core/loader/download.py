@@ -116,12 +116,12 @@ def _reason(error: BaseException) -> str:
 
 
 def _fetch_huggingface(model_id: str, globs: list[str], target: Path) -> None:
-    import httpx
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever this version was built on
 
     try:
         snapshot_download(model_id, allow_patterns=globs, local_dir=target)
-    except httpx.HTTPError as error:
+    except HTTPError as error:
         raise OSError(str(error)) from error
 
 

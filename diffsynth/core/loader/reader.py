@@ -20,6 +20,7 @@ WRAPPERS = ("state_dict", "model_state", "module", "ema", "model", "params_ema",
 SAMPLE_BYTES = 4096
 NUM_SAMPLES = 512
 WHOLE_BYTES = 64 * 2**20
+CHUNK_ELEMENTS = 2**20
 
 
 class TensorInfo(NamedTuple):
@@ -75,9 +76,16 @@ class WeightReader:
             raise UserError(f"{self.describe()} holds no weight {key!r}; it holds {first_keys(self.tensors)}.")
         return self._owner[key].get(key)
 
-    def owns(self, key: str) -> bool:
-        """Whether ``get`` returns fresh memory rather than a view of the mapped file."""
-        return isinstance(self._owner[key], _SafetensorsFile)
+    def read_rows(self, key: str, first_row: int, target: torch.Tensor) -> None:
+        """Fill ``target`` with rows of a tensor, converted to its dtype and device a few megabytes at a time.
+
+        Args:
+            key: Name of the tensor.
+            first_row: Where the rows begin along the first dimension.
+            target: Contiguous; its size says how many rows are read.
+        """
+        row = math.prod(self.tensors[key].shape[1:])
+        self._owner[key].read_flat(key, first_row * row, target.view(-1))
 
     def fingerprint(self) -> str:
         """A cheap hash of the content: sizes, headers and evenly sampled bytes; does not depend on names or times."""
@@ -107,6 +115,8 @@ def _open(path: Path) -> _SafetensorsFile | _PickleFile:
         raise UserError(f"weight file {path} is empty (0 bytes); download it again.")
     with path.open("rb") as file:
         start = file.read(64)
+    if start[8:9] == b"{":  # first: the length before it may look like the beginning of anything else
+        return _SafetensorsFile(path)
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is only a git-lfs pointer, not the weights; run `git lfs pull` or download it again.")
     if start.startswith(b"GGUF"):
@@ -115,8 +125,6 @@ def _open(path: Path) -> _SafetensorsFile | _PickleFile:
         raise UserError(f"{path} is a web page, not weights; the download failed, repeat it.")
     if start.startswith(b"PK") or start[:1] == b"\x80":
         return _PickleFile(path)
-    if start[8:9] == b"{":
-        return _SafetensorsFile(path)
     raise UserError(f"{path} is no weight file that can be read (its first bytes are {start[:8]!r}); "
                     "expected safetensors or a PyTorch checkpoint.")
 
@@ -130,28 +138,46 @@ class _SafetensorsFile:
         self._entries, self.metadata, self._header = read_header(path)
         self.tensors = {key: TensorInfo(entry.shape, entry.dtype) for key, entry in self._entries.items()}
         self._file: BinaryIO | None = None
+        self._scratch: torch.Tensor | None = None
 
     def get(self, key: str) -> torch.Tensor:
+        target = torch.empty(self._entries[key].shape, dtype=self._entries[key].dtype)
+        self.read_flat(key, 0, target.view(-1))
+        return target
+
+    def read_flat(self, key: str, first: int, target: torch.Tensor) -> None:
         entry: Entry = self._entries[key]
+        start = entry.start + first * entry.dtype.itemsize
+        if target.dtype == entry.dtype and target.device.type == "cpu":
+            self._read(key, start, target)
+            return
+        if self._scratch is None:  # kept: freeing and asking again would fragment the heap between the weights
+            self._scratch = torch.empty(CHUNK_ELEMENTS * 8, dtype=torch.uint8)
+        scratch = self._scratch.view(entry.dtype)
+        for position in range(0, target.numel(), CHUNK_ELEMENTS):
+            part = target[position : position + CHUNK_ELEMENTS]
+            self._read(key, start + position * entry.dtype.itemsize, scratch[: part.numel()])
+            part.copy_(scratch[: part.numel()])
+
+    def _read(self, key: str, start: int, target: torch.Tensor) -> None:
+        """Fill a flat CPU tensor with the bytes that begin at ``start`` of the file."""
+        if target.numel() == 0:
+            return
         if self._file is None:
             self._file = self.path.open("rb", buffering=0)
-        if entry.start == entry.end:
-            return torch.empty(entry.shape, dtype=entry.dtype)
-        flat = torch.empty(entry.end - entry.start, dtype=torch.uint8)
-        view = memoryview(flat.numpy())
-        self._file.seek(entry.start)
+        view = target.view(torch.uint8).numpy().data
+        self._file.seek(start)
         done = 0
         while done < len(view):
             count = self._file.readinto(view[done:])  # type: ignore[attr-defined]
             if not count:
                 raise UserError(f"{self.path} ended while tensor {key!r} was read; it changed meanwhile, try again.")
             done += count
-        return flat.view(entry.dtype).reshape(entry.shape)
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-            self._file = None
+        self._file = self._scratch = None
 
     def fingerprint(self) -> str:
         return _sampled_hash(self.path, self._header)
@@ -168,6 +194,9 @@ class _PickleFile:
 
     def get(self, key: str) -> torch.Tensor:
         return self._state[key].detach()
+
+    def read_flat(self, key: str, first: int, target: torch.Tensor) -> None:
+        target.copy_(self._state[key].detach().reshape(-1)[first : first + target.numel()])
 
     def close(self) -> None:
         self._state = {}

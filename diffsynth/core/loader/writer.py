@@ -50,7 +50,8 @@ def _write(file: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mappin
     for name in names:
         tensor = tensors[name]
         end = position + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
+        dtype, shape = DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
         position = end
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     encoded += b" " * (-len(encoded) % 8)
@@ -58,7 +59,7 @@ def _write(file: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mappin
     for name in names:
         if tensors[name].numel():
             flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()))
+            file.write(flat.view(torch.uint8).numpy().data)
 
 
 def _remove(path: Path) -> None:

@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from conftest import linear_shapes, make_transformer, random_state, randomise
+from lora_networks import linear_shapes, make_transformer, random_state, randomise
 
 from diffsynth.adapters.lora import LoraState, inject_lora, lora_state, save_lora
 
@@ -14,8 +14,10 @@ from diffsynth.adapters.lora import LoraState, inject_lora, lora_state, save_lor
 def pipeline(transformer: torch.nn.Module, text_encoder: torch.nn.Module | None = None):
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 
-    return FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=text_encoder, tokenizer=None,
-                        text_encoder_2=None, tokenizer_2=None, transformer=transformer)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=text_encoder, tokenizer=None,
+        text_encoder_2=None, tokenizer_2=None, transformer=transformer,
+    )
 
 
 def load(pipe, path, caplog) -> None:
@@ -40,9 +42,11 @@ def assert_same_changes(module: torch.nn.Module, state: LoraState) -> None:
             found[name] = layer
     assert found.keys() == state.layers.keys()
     for name, layer in found.items():
-        theirs = layer.scaling["ours"] * (layer.lora_B["ours"].weight.float() @ layer.lora_A["ours"].weight.float())
-        torch.testing.assert_close(theirs.detach(), state.layers[name].delta(), atol=1e-6, rtol=0,
-                                   msg=lambda text, name=name: f"{name}: {text}")
+        ours, theirs = state.layers[name], (layer.lora_B["ours"].weight.detach(), layer.lora_A["ours"].weight.detach())
+        # scale_1 B_1 A_1 - scale_2 B_2 A_2 as one product
+        up = torch.cat([layer.scaling["ours"] * theirs[0].float(), -ours.scale * ours.up], dim=1)
+        difference = up @ torch.cat([theirs[1].float(), ours.down])
+        assert max(float(difference.max()), -float(difference.min())) <= 1e-6, name
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -100,13 +104,17 @@ def test_text_encoder_is_loaded_completely(tmp_path, flux, clip, caplog, fmt):
     assert_nothing_unmatched(caplog)
 
 
-@pytest.mark.parametrize("fmt", ["diffusers", "kohya", "comfyui"])
+@pytest.mark.parametrize("fmt", ["kohya", "comfyui"])
 def test_full_width_file_is_loaded_completely(tmp_path, flux, caplog, fmt):
     """At FLUX.1's own width, which diffusers' converter of kohya files takes for granted."""
     width = dict(num_layers=1, num_single_layers=1, attention_head_dim=128, num_attention_heads=24, in_channels=64,
                  joint_attention_dim=4096, pooled_projection_dim=768, axes_dims_rope=(16, 56, 56))
     with torch.device("meta"):
         transformer = make_transformer(**width)
+    for layer in transformer.modules():
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            # the full shape over a single number: peft puts the adapter on the device of the weight
+            setattr(layer, name, torch.nn.Parameter(torch.zeros(1).expand(parameter.shape), requires_grad=False))
     blocks = {name: shape for name, shape in linear_shapes(transformer).items() if "blocks" in name}
     state = random_state(blocks, 4, alpha=10.0)
     save_lora(tmp_path / "lora.safetensors", {"dit": state}, flux, fmt)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import random
@@ -9,29 +10,31 @@ import re
 
 import pytest
 import torch
-from conftest import assert_same_deltas, linear_shapes, make_transformer, random_state, randomise
+from lora_networks import assert_same_deltas, linear_shapes, make_transformer, random_state, randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffsynth.adapters.formats import FORMATS, check_format
-from diffsynth.adapters.names import family_names
 from diffsynth.adapters.lora import inject_lora, load_lora_file, lora_state, save_lora
+from diffsynth.adapters.names import family_names
 from diffsynth.core.errors import UserError
 from diffsynth.models.keymap import to_ours
+from diffsynth.models.registry import get_family
 
 WITHOUT_LAST = r"(single_)?transformer_blocks.*|x_embedder|context_embedder|time_text_embed.*"
 
 
-def trained_state(flux, targets: str = WITHOUT_LAST, rslora: bool = False):
+@functools.cache
+def trained_state(targets: str = WITHOUT_LAST, rslora: bool = False):
     network = make_transformer()
-    inject_lora(network, flux, targets, rank=4, alpha=10, rslora=rslora)
+    inject_lora(network, get_family("flux"), targets, rank=4, alpha=10, rslora=rslora)
     randomise(network)
     return lora_state(network)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_every_format_equals_the_recorded_names_and_loads_back(tmp_path, flux, check_lora, fmt):
-    state = trained_state(flux)
+    state = trained_state()
     path = tmp_path / "lora.safetensors"
     save_lora(path, {"dit": state}, flux, fmt, base="FLUX.1", options={"learning_rate": 1e-4})
     errors, warnings, _ = check_lora.check(path, "flux1-dev", fmt, shapes="ignore", metadata="require")
@@ -44,7 +47,7 @@ def test_every_format_equals_the_recorded_names_and_loads_back(tmp_path, flux, c
 
 
 def test_all_formats_mean_the_same_change(tmp_path, flux, delta_tool):
-    state = trained_state(flux)
+    state = trained_state()
     changes = {}
     for fmt in FORMATS:
         path = tmp_path / f"{fmt}.safetensors"
@@ -59,7 +62,7 @@ def test_all_formats_mean_the_same_change(tmp_path, flux, delta_tool):
 
 @pytest.mark.parametrize("fmt", ["comfyui", "diffsynth"])
 def test_last_layers_are_written_with_their_halves_in_the_original_order(tmp_path, flux, delta_tool, check_lora, fmt):
-    state = trained_state(flux, r"norm_out\.linear|proj_out")
+    state = trained_state(r"norm_out\.linear|proj_out")
     for name in ("a", "b"):
         save_lora(tmp_path / name, {"dit": state}, flux, {"a": "diffusers", "b": fmt}[name])
     errors, _, _ = check_lora.check(tmp_path / "b", "flux1-dev", fmt, shapes="ignore", metadata="require")
@@ -69,7 +72,7 @@ def test_last_layers_are_written_with_their_halves_in_the_original_order(tmp_pat
     second = delta_tool.effective(tmp_path / "b", "flux1-dev", fmt, formats)
     assert delta_tool.compare(first, second)[0] <= 1e-6
     ours, theirs = load_file(tmp_path / "a"), load_file(tmp_path / "b")
-    up = next(value for key, value in theirs.items() if "norm_out" in key or "adaLN" in key if "_B" in key or "_up" in key)
+    up = next(value for key, value in theirs.items() if re.search("(norm_out|adaLN).*(_B|_up)", key))
     assert not torch.allclose(ours["transformer.norm_out.linear.lora_B.weight"], up, atol=1e-3)
     assert_same_deltas(state, load_lora_file(tmp_path / "b", flux)["dit"])
 
@@ -91,7 +94,7 @@ def test_any_subset_of_layers_survives_every_format(tmp_path, flux, check_lora, 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_rslora_keeps_its_scale(tmp_path, flux, delta_tool, check_lora, fmt):
-    state = trained_state(flux, "to_q,to_k,proj_mlp", rslora=True)
+    state = trained_state("to_q,to_k,proj_mlp", rslora=True)
     assert next(iter(state.layers.values())).scale == 5.0
     path = tmp_path / "lora.safetensors"
     save_lora(path, {"dit": state}, flux, fmt)
@@ -107,8 +110,8 @@ def test_rslora_keeps_its_scale(tmp_path, flux, delta_tool, check_lora, fmt):
 def test_text_encoders_are_named_as_recorded(tmp_path, flux, clip, t5, check_lora, fmt):
     states = {}
     for name, network in (("text_encoder", clip), ("text_encoder_2", t5)):
-        inject_lora(network, flux, "q_proj,k_proj,v_proj,out_proj,fc1,fc2" if network is clip else "q,k,v,o,wi_0,wi_1,wo",
-                    rank=2, alpha=5)
+        targets = "q_proj,k_proj,v_proj,out_proj,fc1,fc2" if network is clip else "q,k,v,o,wi_0,wi_1,wo"
+        inject_lora(network, flux, targets, rank=2, alpha=5)
         randomise(network)
         states[name] = lora_state(network)
     path = tmp_path / "lora.safetensors"
@@ -122,7 +125,7 @@ def test_text_encoders_are_named_as_recorded(tmp_path, flux, clip, t5, check_lor
 
 
 def test_kohya_file_without_alpha_has_scale_one(tmp_path, flux):
-    state = trained_state(flux, "attn.to_out.0")
+    state = trained_state("attn.to_out.0")
     save_lora(tmp_path / "with", {"dit": state}, flux, "kohya")
     tensors = {key: value for key, value in load_file(tmp_path / "with").items() if not key.endswith(".alpha")}
     save_file(tensors, tmp_path / "without")
@@ -135,12 +138,14 @@ def test_kohya_file_without_alpha_has_scale_one(tmp_path, flux):
 @pytest.mark.parametrize("suffix", ["lora_A.default.weight", "lora_A.weight", "lora_down.weight", "lora.down.weight"])
 @pytest.mark.parametrize("fmt", ["diffusers", "comfyui", "diffsynth"])
 def test_spellings_in_the_wild_are_read(tmp_path, flux, prefix, suffix, fmt):
-    state = trained_state(flux, "to_q,to_k,to_v,proj_mlp,ff.net.2")
+    state = trained_state("to_q,to_k,to_v,proj_mlp,ff.net.2")
     save_lora(tmp_path / "known", {"dit": state}, flux, fmt)
     with safe_open(tmp_path / "known", "pt") as file:
         metadata = file.metadata()
-    old_prefix, old_suffix = {"diffusers": ("transformer.", "lora_A.weight"), "comfyui": ("diffusion_model.", "lora_down.weight"),
-                              "diffsynth": ("", "lora_A.default.weight")}[fmt]
+    old_prefix, old_suffix = {
+        "diffusers": ("transformer.", "lora_A.weight"), "comfyui": ("diffusion_model.", "lora_down.weight"),
+        "diffsynth": ("", "lora_A.default.weight"),
+    }[fmt]
     old = (old_suffix, old_suffix.replace("_A", "_B").replace("down", "up"))
     new = (suffix, suffix.replace("_A", "_B").replace("down", "up"))
     renamed = {
@@ -153,25 +158,26 @@ def test_spellings_in_the_wild_are_read(tmp_path, flux, prefix, suffix, fmt):
 
 def test_fused_file_with_one_down_factor_is_split_into_copies(tmp_path, flux):
     down, up = torch.randn(3, 32), torch.randn(96, 3)
-    save_file({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": down, "lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": up,
-               "lora_unet_double_blocks_0_img_attn_qkv.alpha": torch.tensor(6.0)}, tmp_path / "fused")
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(6.0)}
+    save_file(tensors, tmp_path / "fused")
     state = load_lora_file(tmp_path / "fused", flux)["dit"]
     parts = [state.layers[f"transformer_blocks.0.attn.to_{name}"].delta() for name in "qkv"]
     torch.testing.assert_close(torch.cat(parts), 2 * up @ down, atol=1e-6, rtol=0)
     save_lora(tmp_path / "diffusers", {"dit": state}, flux, "diffusers")
     save_lora(tmp_path / "again", {"dit": state}, flux, "kohya")
-    assert load_file(tmp_path / "again")["lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"].shape == (3, 32)
+    assert load_file(tmp_path / "again")[f"{name}.lora_down.weight"].shape == (3, 32)
 
 
 def test_same_state_gives_the_same_bytes(tmp_path, flux):
     for name in ("a", "b"):
-        save_lora(tmp_path / name, {"dit": trained_state(flux)}, flux, "diffusers", options={"b": 1, "a": 2})
+        save_lora(tmp_path / name, {"dit": trained_state()}, flux, "diffusers", options={"b": 1, "a": 2})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_checkpoint_of_the_older_page_keeps_the_scale(tmp_path, flux, fmt):
-    state = trained_state(flux, "to_q,to_k")
+    state = trained_state("to_q,to_k")
     path = tmp_path / "version_0" / "epoch=0-step=500.ckpt"
     save_lora(path, {"dit": state}, flux, fmt)
     assert all(isinstance(value, torch.Tensor) for value in torch.load(path, weights_only=True).values())
@@ -180,7 +186,7 @@ def test_checkpoint_of_the_older_page_keeps_the_scale(tmp_path, flux, fmt):
 
 
 def test_alpha_metadata_never_enters_a_kohya_file(tmp_path, flux):
-    save_lora(tmp_path / "lora", {"dit": trained_state(flux)}, flux, "kohya")
+    save_lora(tmp_path / "lora", {"dit": trained_state()}, flux, "kohya")
     with safe_open(tmp_path / "lora", "pt") as file:
         assert "lora_adapter_metadata" not in file.metadata()
         assert all(key.startswith("lora_unet_") for key in file.keys())  # noqa: SIM118
@@ -200,7 +206,7 @@ def test_dora_travels_in_diffusers_names_only(tmp_path, flux, transformer):
 
 
 def test_layer_without_a_name_is_refused_with_the_formats_that_have_one(tmp_path, flux):
-    state = trained_state(flux, r"norm_out\.linear")
+    state = trained_state(r"norm_out\.linear")
     with pytest.raises(UserError, match=r"'norm_out.linear' of dit has no name in the kohya format; use --lora_format "
                                         "diffusers or comfyui or diffsynth"):
         save_lora(tmp_path / "lora", {"dit": state}, flux, "kohya")
@@ -212,7 +218,7 @@ def test_layer_without_a_name_is_refused_with_the_formats_that_have_one(tmp_path
 
 def test_unknown_format_is_refused_with_a_suggestion(tmp_path, flux):
     with pytest.raises(UserError, match="Did you mean 'kohya'"):
-        save_lora(tmp_path / "lora", {"dit": trained_state(flux, "to_q")}, flux, "koya")
+        save_lora(tmp_path / "lora", {"dit": trained_state("to_q")}, flux, "koya")
 
 
 def test_file_that_reads_back_differently_is_removed(tmp_path, flux, monkeypatch):
@@ -226,7 +232,7 @@ def test_file_that_reads_back_differently_is_removed(tmp_path, flux, monkeypatch
 
     monkeypatch.setattr(files, "save_safetensors", damage)
     with pytest.raises(RuntimeError, match="reads back differently"):
-        save_lora(tmp_path / "lora.safetensors", {"dit": trained_state(flux, "to_q")}, flux, "diffusers")
+        save_lora(tmp_path / "lora.safetensors", {"dit": trained_state("to_q")}, flux, "diffusers")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -235,16 +241,17 @@ def lora_of(*modules: str) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("tensors", "message"), [
-    (lora_of("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", "lora_te2_text_model_encoder_layers_0_mlp_fc1"),
+    (lora_of("lora_unet_input_blocks_4_1_proj_in", "lora_te2_text_model_encoder_layers_0_mlp_fc1"),
      "not a LoRA of flux: none of its 2 layers"),
     (lora_of("diffusion_model.blocks.0.self_attn.q"), "not a LoRA of flux"),
-    (lora_of("lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_distilled_guidance_layer_in_proj"), "only 1 of its 2 layers match"),
+    (lora_of("lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_distilled_guidance_layer_in_proj"),
+     "only 1 of its 2 layers match"),
     ({"img_in.weight": torch.ones(2, 2)}, "not a LoRA file"),
     ({"lora_unet_img_in.hada_w1_a": torch.ones(2, 2)}, "another kind than LoRA"),
     ({**lora_of("lora_unet_img_in"), "lora_unet_img_in.diff_b": torch.ones(2)}, "another kind"),
     ({**lora_of("lora_unet_img_in"), "img_in.weight": torch.ones(2)}, "not part of a LoRA"),
     ({"lora_unet_img_in.lora_down.weight": torch.ones(2, 2)}, "not the up factor"),
-    ({"lora_unet_img_in.lora_down.weight": torch.ones(2, 2), "lora_unet_img_in.lora_up.weight": torch.ones(2, 3)}, "do not multiply"),
+    ({**lora_of("lora_unet_img_in"), "lora_unet_img_in.lora_up.weight": torch.ones(2, 3)}, "do not multiply"),
     ({**lora_of("lora_unet_img_in"), "lora_unet_img_in.alpha": torch.tensor(float("nan"))}, "not one positive number"),
     (lora_of("lora_unet_img_in", "x_embedder"), "twice"),
     ({**lora_of("lora_unet_img_in"), "lora_unet_img_in.lora_A.weight": torch.ones(2, 2)}, "stands twice"),
@@ -259,7 +266,9 @@ def test_wrong_file_is_named(tmp_path, flux, tensors, message):
 
 def rows_of(source: list) -> torch.Tensor:
     """A number for every row of the original weights that a recorded module stands for."""
-    return torch.cat([torch.arange(first, first + count) + (hash(weight) % 2**40) * 2**20 for weight, first, count in source])
+    return torch.cat([
+        torch.arange(first, first + count) + (hash(weight) % 2**40) * 2**20 for weight, first, count in source
+    ])
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -267,8 +276,9 @@ def test_every_recorded_name_stands_for_the_recorded_rows(flux, check_lora, fmt)
     lookup = family_names(flux)
     ours = check_lora.modules_of(check_lora.table("flux1-dev", "diffusers"))
     # ComfyUI also accepts FLUX.2's spelling of these layers and a half of linear1, which no FLUX.1 trainer writes
+    unusual = re.compile("linear_in|linear_out|to_qkv_mlp_proj|single.*to_out|linear1_qkv|text_encoders.transformer")
     recorded = {name: entry for name, entry in check_lora.modules_of(check_lora.table("flux1-dev", fmt)).items()
-                if not re.search("linear_in|linear_out|to_qkv_mlp_proj|single.*to_out|linear1_qkv|text_encoders.transformer", name)}
+                if not unusual.search(name)}
     for name, entry in recorded.items():
         found = lookup.match(name)
         assert found, name

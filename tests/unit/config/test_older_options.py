@@ -45,7 +45,7 @@ def flux_options() -> type[TextToImageOptions]:
 
 
 def test_printed_command_becomes_a_newer_configuration(flux_options):
-    options = flux_options.from_command_line(shlex.split(PAGE_000))
+    options = flux_options.from_command_line(shlex.split(PAGE_000.replace("\\\n", " ")))
     config = options.to_config(Path("models/lightning_logs/version_0"))
     assert config == TrainConfig(
         family="flux",

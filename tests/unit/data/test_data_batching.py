@@ -27,11 +27,9 @@ def test_epoch_holds_every_item_once(buckets, step_size: int, seed: int, epoch: 
     assert homogeneous >= sum(count // step_size for count in Counter(buckets).values())
 
 
-@given(
-    buckets=buckets_of, batch_size=sizes, accumulation=st.integers(1, 4), processes=st.integers(1, 5), data=st.data()
-)
+@given(buckets=buckets_of, batch_size=sizes, accumulation=st.integers(1, 4), processes=st.integers(1, 5))
 @settings(max_examples=200, deadline=None)
-def test_processes_share_a_window_without_loss(buckets, batch_size: int, accumulation: int, processes: int, data) -> None:
+def test_processes_share_a_window_without_loss(buckets, batch_size: int, accumulation: int, processes: int) -> None:
     for window in plan_epoch(buckets, batch_size * accumulation * processes, 0, 0):
         shares = [split_window(window, buckets, batch_size, processes, rank) for rank in range(processes)]
         assert sorted(i for share in shares for batch in share for i in batch) == sorted(window)
@@ -58,7 +56,9 @@ def test_windows_do_not_depend_on_how_the_step_is_split(buckets, total: int) -> 
     one = EpochBatchSampler(buckets, batch_size=total, seed=3, epoch=1)
     accumulated = EpochBatchSampler(buckets, batch_size=1, accumulation_steps=total, seed=3, epoch=1)
     parallel = [
-        EpochBatchSampler(buckets, batch_size=total // 4, accumulation_steps=2, num_processes=2, rank=r, seed=3, epoch=1)
+        EpochBatchSampler(
+            buckets, batch_size=total // 4, accumulation_steps=2, num_processes=2, rank=r, seed=3, epoch=1
+        )
         for r in range(2)
     ]
     assert one.windows == accumulated.windows == parallel[0].windows == parallel[1].windows
@@ -82,7 +82,7 @@ def test_shuffle_is_keyed_by_seed_and_epoch_and_never_changes() -> None:
     assert plan_epoch([0] * 12, 5, 0, 0) == PINNED
 
 
-PINNED = [[0]]
+PINNED = [[0, 4, 5, 1, 11], [8, 3, 7, 2, 6], [10, 9]]
 
 
 def test_without_shuffle_items_stay_in_order() -> None:
@@ -99,7 +99,12 @@ def test_short_window_comes_last_and_mixed_windows_do_not() -> None:
         positions |= {n for n, w in enumerate(windows) if len({buckets[i] for i in w}) == 2}
     assert plan_epoch([], 3, 0, 0) == []
     assert positions <= {4}
-    mixed = {n for e in range(30) for n, w in enumerate(plan_epoch(["a"] * 8 + ["b"] * 7, 3, 0, e)) if len({i < 8 for i in w}) == 2}
+    mixed = {
+        n
+        for e in range(30)
+        for n, w in enumerate(plan_epoch(["a"] * 8 + ["b"] * 7, 3, 0, e))
+        if len({i < 8 for i in w}) == 2
+    }
     assert len(mixed) == 5
 
 

@@ -108,13 +108,23 @@ def test_sixteen_bits_keep_their_brightness(tmp_path: Path) -> None:
     for name in ("grey.png", "grey.tif"):
         assert np.asarray(read_image(tmp_path / name))[0, :, 0].tolist() == [0, 1, 128, 255]
     # 16 bits for each of three channels, written by hand: Pillow cannot
-    _write_png(tmp_path / "rgb.png", 1, 1, bit_depth=16, colour_type=2, scanlines=b"\0" + struct.pack(">3H", 51400, 0, 65535))
+    _write_png(
+        tmp_path / "rgb.png", 1, 1, bit_depth=16, colour_type=2, scanlines=b"\0" + struct.pack(">3H", 51400, 0, 65535)
+    )
     assert read_image(tmp_path / "rgb.png").getpixel((0, 0)) == (200, 0, 255)
 
 
-def test_float_pixels_are_refused(tmp_path: Path) -> None:
-    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "f.tif")
-    with pytest.raises(UserError, match="floating-point"):
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("F", (2, 2), 0.5), "floating-point"),
+        (Image.new("I", (2, 2), 1 << 20), "32-bit pixels"),
+        (Image.new("LAB", (2, 2)), "Lab colours"),
+    ],
+)
+def test_pixels_of_unknown_meaning_are_refused(tmp_path: Path, image: Image.Image, expected: str) -> None:
+    image.save(tmp_path / "f.tif")
+    with pytest.raises(UserError, match=rf"f\.tif has {expected}"):
         read_image(tmp_path / "f.tif")
 
 
@@ -220,9 +230,7 @@ def test_pixel_limit_holds_when_pillow_is_told_to_accept_more(tmp_path: Path, mo
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp"])
 @pytest.mark.parametrize("exif", [b"garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff garbage"])
-def test_damaged_exif_does_not_lose_the_picture(
-    tmp_path: Path, quadrants: Image.Image, name: str, exif: bytes
-) -> None:
+def test_damaged_exif_does_not_lose_the_picture(tmp_path: Path, quadrants: Image.Image, name: str, exif: bytes) -> None:
     quadrants.save(tmp_path / name, exif=exif)
     assert read_image(tmp_path / name).size == (48, 32)
     assert read_size(tmp_path / name) == (32, 48)
