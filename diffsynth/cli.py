@@ -39,7 +39,8 @@ def dispatch(words: Sequence[str]) -> None:
         sys.stdout.write(f"diffsynth {__version__}\n")
         return
     if words[0] not in COMMANDS:
-        raise UserError(f"unknown command {words[0]!r}; known: {', '.join(COMMANDS)}.{did_you_mean(words[0], COMMANDS)}")
+        raise UserError(f"unknown command {words[0]!r}; known: {', '.join(COMMANDS)}."
+                        f"{did_you_mean(words[0], COMMANDS)}")
     COMMANDS[words[0]].run(words[1:])
 
 
@@ -100,7 +101,7 @@ def _download(words: Sequence[str]) -> None:
     config = DownloadConfig.from_command_line(words, "diffsynth download", "  diffsynth download FLUX.1-dev")
     from .models.download import download_models
 
-    for path in download_models(list(config.name), **({"source": config.source} if config.source else {})):
+    for path in download_models(config.name, config.source):
         sys.stdout.write(f"{path}\n")
 
 

@@ -25,7 +25,7 @@ class DatasetOptions(Options):
     data_file_keys: CommaList = Field(("image", "video"), description="Metadata columns that name files to be loaded.")
 
 
-class ModelOptions(Options):
+class ModelFileOptions(Options):
     """Which weights are loaded."""
 
     title: ClassVar[str] = "Models"
@@ -39,9 +39,24 @@ class ModelOptions(Options):
         (), description="Models to download, each as MODEL_ID:FILE_PATTERN, separated by commas."
     )
     tokenizer_path: str | None = Field(
-        None, description="Folder that holds the tokenizer folders. Left out: looked for beside the weights."
+        None, description="Folder that holds the tokenizer folders. Left out: found beside the weights."
     )
-    extra_inputs: CommaList = Field((), description="Further columns of the metadata that the pipeline takes as inputs.")
+
+    @field_validator("model_id_with_origin_paths")
+    @classmethod
+    def _id_and_pattern(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            model_id, _, pattern = entry.partition(":")
+            if not model_id or not pattern:
+                raise ValueError(f"{entry!r} is not of the form MODEL_ID:FILE_PATTERN, for example "
+                                 f"black-forest-labs/FLUX.1-dev:ae.safetensors")
+        return value
+
+
+class ModelOptions(ModelFileOptions):
+    """Which weights are loaded, and in which form."""
+
+    extra_inputs: CommaList = Field((), description="Further columns of the metadata that the pipeline takes as input.")
     fp8_models: PathList = Field(
         (), description="Frozen models kept in FP8, as in --model_paths or --model_id_with_origin_paths, or by name."
     )
@@ -57,16 +72,6 @@ class ModelOptions(Options):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
-    @field_validator("model_id_with_origin_paths")
-    @classmethod
-    def _id_and_pattern(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for entry in value:
-            model_id, _, pattern = entry.partition(":")
-            if not model_id or not pattern:
-                raise ValueError(f"{entry!r} is not of the form MODEL_ID:FILE_PATTERN, for example "
-                                 f"black-forest-labs/FLUX.1-dev:ae.safetensors")
-        return value
-
 
 class TrainingOptions(Options):
     """What is trained, how long, and with which optimizer."""
@@ -80,7 +85,7 @@ class TrainingOptions(Options):
     num_epochs: int = Field(1, ge=1, description="Number of epochs.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimizer steps in all.")
     steps_per_epoch: int | None = Field(
-        None, ge=1, description="Optimizer steps in an epoch, items repeating as needed. Left out: once through the data."
+        None, ge=1, description="Optimizer steps in an epoch; items repeat as needed. Left out: once through the data."
     )
     batch_size: int = Field(1, ge=1, description="Samples per process in one forward pass.")
     seed: int = Field(0, ge=0, description="Seed of everything that is drawn at random.")
@@ -91,7 +96,9 @@ class TrainingOptions(Options):
         "constant", description="Course of the learning rate after the warm-up."
     )
     lr_warmup_steps: int = Field(0, ge=0, description="Optimizer steps over which the learning rate rises from 0.")
-    mixed_precision: Literal["no", "fp16", "bf16"] = Field("bf16", description="Precision of the network; no = float32.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = Field(
+        "bf16", description="Precision of the networks; no = float32."
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...; auto takes the GPU where there is one.")
     find_unused_parameters: bool = Field(
         False, description="Several GPUs: allow trainable parameters that do not take part in the loss."
@@ -112,9 +119,6 @@ class ObjectiveOptions(Options):
         "none", description="Weight of the loss by noise level: equal, or most in the middle."
     )
     caption_dropout: float = Field(0.0, ge=0, le=1, description="Share of captions replaced by the empty caption.")
-    max_sequence_length: int | None = Field(
-        None, ge=1, description="Tokens of a prompt at most. Left out: the family's own limit."
-    )
     embedded_guidance: float = Field(1.0, description="Guidance value given to guidance-distilled models in training.")
     max_sequence_length: int | None = Field(
         None, ge=1, description="Tokens of a caption that are used. Left out: the family's own."
@@ -130,12 +134,11 @@ class LoraOptions(Options):
         "", description="Layers that get a LoRA: names, or one regular expression. Left out: the family's usual layers."
     )
     lora_rank: int = Field(32, ge=1, description="Rank of both LoRA factors.")
-    lora_alpha: float | None = Field(None, gt=0, description="Scale; the LoRA acts with alpha / rank. Left out: the rank.")
+    lora_alpha: float | None = Field(
+        None, gt=0, description="The LoRA acts with strength alpha / rank. Left out: the rank."
+    )
     lora_rslora: bool = Field(False, description="Rank-stabilised LoRA: scale alpha / sqrt(rank).")
     lora_dora: bool = Field(False, description="DoRA: train the magnitude of each row as well.")
-    lora_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="Precision in which the LoRA is kept and trained."
-    )
     lora_dtype: Literal["float32", "bfloat16"] = Field("float32", description="Precision of the trained LoRA weights.")
     lora_checkpoint: str | None = Field(None, description="LoRA file to start from.")
     lora_format: Literal["auto", "diffsynth", "diffusers", "kohya", "comfyui"] = Field(
@@ -160,7 +163,9 @@ class OutputOptions(Options):
     )
     resume: str = Field("never", description="never; auto (continue in output_path if possible); or a state folder.")
     cache: Literal["auto", "off"] = Field("auto", description="Keep the outputs of the frozen models on disk.")
-    cache_path: str | None = Field(None, description="Folder of that cache, shared by all runs. Left out: models/cache.")
+    cache_path: str | None = Field(
+        None, description="Folder of that cache, shared by all runs. Left out: cache/ in the models folder."
+    )
     logger: Literal["none", "tensorboard"] = Field("none", description="Metrics besides metrics.jsonl.")
 
 
@@ -174,7 +179,6 @@ class SamplingOptions(Options):
     )
     sample_steps: int = Field(30, ge=1, description="Denoising steps of a sample picture.")
     sample_cfg_scale: float = Field(1.0, ge=0, description="Classifier-free guidance of the sample pictures; 1 = off.")
-    sample_cfg_scale: float = Field(1.0, ge=0, description="Classifier-free guidance of a sample picture; 1 = off.")
 
 
 class GradientOptions(Options):
@@ -266,17 +270,12 @@ class PromptOptions(Options):
     denoising_strength: float = Field(1.0, gt=0, le=1, description="How much of input_image is redrawn.")
 
 
-class GenerateModelOptions(Options):
+class GenerateModelOptions(ModelFileOptions):
     """Which weights are loaded."""
 
-    title: ClassVar[str] = "Models"
-    family: str | None = ModelOptions.model_fields["family"]
-    model_paths: PathList = ModelOptions.model_fields["model_paths"]
-    model_id_with_origin_paths: CommaList = ModelOptions.model_fields["model_id_with_origin_paths"]
-    tokenizer_path: str | None = ModelOptions.model_fields["tokenizer_path"]
     lora: CommaList = Field((), description="LoRA files, each as PATH or PATH:STRENGTH, separated by commas.")
     torch_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Precision of the networks.")
-    device: str = TrainingOptions.model_fields["device"]
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...; auto takes the GPU where there is one.")
 
 
 class GenerateOutputOptions(Options):

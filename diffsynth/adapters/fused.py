@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -48,6 +49,20 @@ def fuse_lora(module: torch.nn.Module, layers: Mapping[str, AdaptableLayer], sta
     if coarse:
         logger.warning("a LoRA was fused into float8 weights, whose steps are larger than most of its changes; "
                        "hotload=True keeps it exact.")
+
+
+def fused_fingerprint(module: torch.nn.Module | None) -> str:
+    """What is fused into a network, as a short text that is equal for equal LoRAs; empty when nothing is."""
+    record: _Fused | None = getattr(module, _ATTRIBUTE, None)
+    if record is None:
+        return ""
+    digest = hashlib.blake2b(digest_size=16)
+    for state, strength in record.applied:
+        digest.update(repr(strength).encode())
+        for name, layer in sorted(state.layers.items()):
+            digest.update(f"{name}{layer.scale}".encode())
+            digest.update(layer.down.float().cpu().numpy().tobytes() + layer.up.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def unfuse_lora(module: torch.nn.Module, layers: Mapping[str, AdaptableLayer]) -> None:

@@ -201,6 +201,8 @@ def clear_lora(module: torch.nn.Module) -> None:
     """Undo every ``apply_lora``: fused weights are restored bit for bit, hot adapters are removed."""
     unfuse_lora(module, adaptable_layers(module))
     hot = module.__dict__.pop("_diffsynth_hot_adapters", [])
+    if not hot:
+        return
     for parent_name, child_name, layer in list(_tuner_layers(module)):
         for name in hot:
             if name in layer.lora_A:

@@ -151,7 +151,7 @@ def unfuse(match: Match, layer: LoraLayer) -> dict[str, LoraLayer]:
 
 def _columns_of_parts(ups: Sequence[torch.Tensor], rank: int) -> Sequence[list[int] | None]:
     """Which columns of the fused ``up`` each part uses; None for every part when they share columns."""
-    used = [up.flatten(1).ne(0).any(dim=0).nonzero().flatten().tolist() for up in ups]
+    used = [up.flatten(1).abs().sum(dim=0).nonzero().flatten().tolist() for up in ups]
     share = rank // len(ups)
     if rank % len(ups) == 0:
         equal = [list(range(index * share, (index + 1) * share)) for index in range(len(ups))]

@@ -57,6 +57,7 @@ def read_command_line(
     wants_help = any(word in ("-h", "--help") for word in words)
     if not wants_help:
         _check_words(words, options, spellings)
+    parsed: Any
     try:
         parsed, extra = tyro.cli(
             _raw_class(options), prog=prog, description=options.__doc__, args=_plain_flags(words, options, spellings),
@@ -125,13 +126,14 @@ def _flags(options: type[Options], spellings: dict[str, str]) -> set[str]:
 def _plain_flags(words: Sequence[str], options: type[Options], spellings: dict[str, str]) -> list[str]:
     """``--flag``, ``--no-flag`` and ``--flag true`` all become ``--flag=...``, so that no flag takes the next word."""
     flags = _flags(options, spellings)
+    switched_on = {f"--{name}=true" for name in flags}
     plain: list[str] = []
     for word in words:
         name, equals, _ = _split_option(word)
         negated = name.startswith("no_") and name not in spellings and name.removeprefix("no_") in flags
         if word.startswith("--") and not equals and (name in flags or negated):
             plain.append(f"--{name.removeprefix('no_')}=false" if negated else f"--{name}=true")
-        elif plain and plain[-1].endswith("=true") and _split_option(plain[-1])[0] in flags and word.lower() in _BOOLEANS:
+        elif word.lower() in _BOOLEANS and plain and plain[-1] in switched_on:
             plain[-1] = plain[-1].replace("=true", f"={word}")
         else:
             plain.append(word)

@@ -123,7 +123,7 @@ class Options(BaseModel):
         self._origins.update({name: PYTHON for name in values})
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.model_dump() == other.model_dump()  # type: ignore[attr-defined]
+        return type(self) is type(other) and self.model_dump() == other.model_dump()
 
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
@@ -143,13 +143,17 @@ class Options(BaseModel):
 
     @classmethod
     def groups(cls) -> list[tuple[str, str, list[str]]]:
-        """Help groups: heading, description and field names, in the order in which the classes are inherited."""
-        found: list[tuple[str, str, list[str]]] = []
+        """Help groups: heading, description and field names, in the order of inheritance; equal headings are one."""
+        found: dict[str, tuple[str, str, list[str]]] = {}
+        inherited: set[str] = set()
         for base in cls.__bases__:
-            if issubclass(base, Options) and base is not Options:
-                found.extend(base.groups())
-        own = [name for name in cls.__dict__.get("__annotations__", {}) if name in cls.model_fields]
-        return [*found, (cls.title, cls.__doc__ or "", own)] if own else found
+            if issubclass(base, Options):
+                inherited |= set(base.model_fields)
+                for title, description, names in base.groups():
+                    found.setdefault(title, (title, description, []))[2].extend(names)
+        if own := [name for name in cls.model_fields if name not in inherited]:
+            found.setdefault(cls.title, (cls.title, cls.__doc__ or "", []))[2].extend(own)
+        return list(found.values())
 
     @classmethod
     def from_sources(cls: type[OptionsT], yaml: Path | None = None, command_line: Sequence[str] = ()) -> OptionsT:
@@ -286,7 +290,8 @@ def _kind_in_words(kind: Any) -> str:
 def _word(field: FieldInfo | None, value: Any) -> Any:
     if field is None or not isinstance(value, bool):
         return value
-    choices = [word for kind in union_members(field.annotation) if get_origin(kind) is Literal for word in get_args(kind)]
+    literals = [kind for kind in union_members(field.annotation) if get_origin(kind) is Literal]
+    choices = [word for kind in literals for word in get_args(kind)]
     return next((word for word in (("on", "yes") if value else ("no", "off")) if word in choices), value)
 
 

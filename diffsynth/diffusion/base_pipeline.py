@@ -53,6 +53,12 @@ class BasePipeline(torch.nn.Module):
         for tokenizer in self.family().tokenizers:
             setattr(self, tokenizer, None)
         self.units = []
+        self.component_configs: dict[str, dict[str, Any]] = {}
+        """Configuration of each component that was found, loaded or not."""
+        self.component_fingerprints: dict[str, str] = {}
+        """Content of the files that each component comes from; changes whenever its outputs might."""
+        self.component_paths: dict[str, tuple[Path, ...]] = {}
+        self._load_component: Callable[[str], torch.nn.Module] | None = None
 
     @classmethod
     def family(cls) -> ModelFamily:
@@ -71,6 +77,7 @@ class BasePipeline(torch.nn.Module):
         device: torch.device | str = "auto",
         model_configs: Sequence[ModelConfig | str | Path | list] = (),
         names: Iterable[str] | None = None,
+        deferred: Iterable[str] = (),
         **tokenizer_configs: ModelConfig | None,
     ):
         """Load a pipeline from weight files, recognised by what is in them.
@@ -80,6 +87,7 @@ class BasePipeline(torch.nn.Module):
             device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
             model_configs: Files, shards, folders or repositories, in any order.
             names: Only these components are loaded; default all that the family needs.
+            deferred: These components are checked now and loaded when they are first used.
             **tokenizer_configs: ``tokenizer_config``, ``tokenizer_2_config``, ...: where a tokenizer lies, when it
                 is not beside the weights.
         Raises:
@@ -93,13 +101,17 @@ class BasePipeline(torch.nn.Module):
         if unknown := sorted(set(tokenizer_configs) - allowed):
             raise TypeError(f"{cls.__name__}.from_pretrained has no argument {unknown[0]!r}; it takes {sorted(allowed)}.")
         target = choose_device(str(device))
-        wanted = None if names is None else set(names)
-        components = load_components(model_configs, family, torch_dtype, target, wanted)
+        sources = list(model_configs)
+        components = load_components(
+            sources, family, torch_dtype, target, None if names is None else set(names), frozenset(deferred))
         pipe = cls(device=target, torch_dtype=torch_dtype)
-        paths: list[Path] = []
         for component in components.values():
             setattr(pipe, component.name, component.module)
-            paths += component.paths
+            pipe.component_configs[component.name] = component.config
+            pipe.component_fingerprints[component.name] = component.fingerprint
+            pipe.component_paths[component.name] = component.paths
+        pipe._load_component = lambda name: load_components(sources, family, torch_dtype, target, {name})[name].module
+        paths = [path for component in components.values() for path in component.paths]
         for tokenizer, (class_path, folder) in family.tokenizers.items():
             explicit = tokenizer_configs.get(f"{tokenizer}_config")
             setattr(pipe, tokenizer, load_tokenizer(class_path, folder, explicit, paths, family))
@@ -117,15 +129,21 @@ class BasePipeline(torch.nn.Module):
         """Hook for subclasses: sizes and units that depend on the networks' configuration."""
 
     def require_models(self, names: Iterable[str]) -> None:
-        """Raise a ``UserError`` that names the component and the file that brings it, when one is not loaded."""
+        """Make sure that networks are there, loading those that were deferred or released.
+
+        Raises:
+            UserError: a network is in none of the pipeline's files; says which file would bring it.
+        """
         for name in names:
+            if getattr(self, name) is None and name in self.component_paths and self._load_component:
+                setattr(self, name, self._load_component(name).requires_grad_(False).eval())
             if getattr(self, name) is None:
                 component = next(c for c in self.family().components if c.name == name)
                 raise UserError(f"{type(self).__name__} needs {name!r} ({component.spec.kind}), which is not loaded; "
                                 f"add {component.found_in} to its model files.")
 
     def release(self, names: Iterable[str]) -> None:
-        """Drop networks that are no longer needed, so that their memory is free."""
+        """Drop networks that are not needed for now, so that their memory is free; their next use loads them again."""
         for name in names:
             setattr(self, name, None)
         if self.device.type == "cuda":

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..adapters.fused import fused_fingerprint
 from ..core.data.cache import CacheStore, entry_key
 from .unit import PipelineUnit, run_unit
 
@@ -134,22 +135,12 @@ def _unit_fingerprint(module: PipelineTrainingModule, unit: PipelineUnit) -> str
     parts: list[object] = [f"{type(unit).__module__}.{type(unit).__qualname__}", pipe.torch_dtype]
     parts += [f"{name}={constants[name]}" for name in unit.inputs if name in constants]
     for name in unit.models:
-        network = getattr(pipe, name)
-        if network is not None:
-            pipe_source = getattr(network, "_diffsynth_source", None)
-            parts.append(pipe_source.fingerprint if pipe_source else _weights_fingerprint(network))
-            parts.append(sorted(getattr(network, "_diffsynth_loras", [])))
+        parts.append(pipe.component_fingerprints[name])
+        # a LoRA fused into an encoder changes its outputs, but not its files
+        parts.append(fused_fingerprint(getattr(pipe, name)))
     if unit.prompt_inputs:
         parts += [_tokenizer_fingerprint(getattr(pipe, name)) for name in pipe.family().tokenizers]
     return entry_key(*parts)
-
-
-def _weights_fingerprint(network: torch.nn.Module) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _tokenizer_fingerprint(tokenizer: Any) -> str:

@@ -75,6 +75,8 @@ def launch_training_task(
     """
     config = (config or TrainConfig()).replace(output_path=str(model_logger.output_path), **options)
     check_output_folder(model_logger.output_path, config.resume)
+    # no process may write before the others have looked
+    accelerator.wait_for_everyone()
     task = _Task(accelerator, dataset, model, model_logger, config)
     if config.task == "sft:data_process":
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,11 +83,13 @@ def load_component(path_or_paths: ModelSource, name: str | None = None, torch_dt
 
 
 def load_components(configs: Iterable[ModelSource], family: ModelFamily, torch_dtype: torch.dtype | None = None,
-                    device: torch.device | str = "cpu", names: set[str] | None = None) -> dict[str, LoadedComponent]:
+                    device: torch.device | str = "cpu", names: set[str] | None = None,
+                    deferred: Collection[str] = ()) -> dict[str, LoadedComponent]:
     """Load the networks of a family from any set of files; each file is recognised by what is in it.
 
     Args:
         names: Load only these; the others need not be there.
+        deferred: Find and check these as well, but leave their weights on the disk (``module`` is None).
     Returns:
         Name on the pipeline -> network, in the family's order.
     Raises:
@@ -111,8 +113,10 @@ def load_components(configs: Iterable[ModelSource], family: ModelFamily, torch_d
         for component in wanted:
             if component.name not in places and not component.optional:
                 raise _missing(component, family, places)
-        return {component.name: _load(places[component.name], component.name, torch_dtype, device)
-                for component in wanted if component.name in places}
+        return {
+            name: _describe(places[name], name) if name in deferred else _load(places[name], name, torch_dtype, device)
+            for name in (component.name for component in wanted) if name in places
+        }
 
 
 def _missing(component: Component, family: ModelFamily, places: dict[str, _Located]) -> UserError:
@@ -160,6 +164,14 @@ def _locate(reader: WeightReader, specs: Sequence[ComponentSpec], constants: Any
     return [_Located(component, found, reader, stray) for component in found]
 
 
+def _describe(place: _Located, name: str) -> LoadedComponent:
+    found, reader = place.found, place.reader
+    _check_complete(found, reader)
+    settings = json.dumps(found.config, sort_keys=True, default=str)
+    return LoadedComponent(module=None, spec=found.spec, name=name, paths=tuple(reader.paths), config=found.config,
+                           fingerprint=f"{found.spec.kind}:{reader.fingerprint()}:{settings}")
+
+
 def _load(place: _Located, name: str, torch_dtype: torch.dtype | None, device: torch.device | str) -> LoadedComponent:
     found, reader = place.found, place.reader
     module = build_empty(found.spec, found.config)
@@ -168,11 +180,8 @@ def _load(place: _Located, name: str, torch_dtype: torch.dtype | None, device: t
     if place.stray:
         logger.warning("%s: %d weights belong to no known network, for example %s.", reader.describe(),
                        len(place.stray), place.stray[:3])
-    _check_complete(found, reader)
+    loaded = _describe(place, name)
     stream_weights(module, found, reader, _safe_dtype(found.spec, torch_dtype or torch.float32), device)
-    settings = json.dumps(found.config, sort_keys=True, default=str)
-    loaded = LoadedComponent(module=None, spec=found.spec, name=name, paths=tuple(reader.paths), config=found.config,
-                             fingerprint=f"{found.spec.kind}:{reader.fingerprint()}:{settings}")
     module._diffsynth_source = loaded  # type: ignore[assignment]
     return replace(loaded, module=module)
 

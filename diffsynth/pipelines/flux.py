@@ -126,23 +126,27 @@ class FluxImagePipeline(BasePipeline):
     def components_loaded(self) -> None:
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
-        if self.vae is not None:
-            self.vae_scale_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        if "vae" in self.component_configs:
+            self.vae_scale_factor = 2 ** (len(self.component_configs["vae"]["block_out_channels"]) - 1)
             self.height_division_factor = self.width_division_factor = 2 * self.vae_scale_factor
         # scheduler configurations published with FLUX.1-dev and FLUX.1-schnell
-        is_dev = self.dit is None or self.dit.config.guidance_embeds
+        is_dev = self.is_guidance_distilled()
         self.scheduler = FlowMatchEulerDiscreteScheduler(
             shift=3.0 if is_dev else 1.0, use_dynamic_shifting=is_dev,
             base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
         )
 
+    def is_guidance_distilled(self) -> bool:
+        """Whether this is dev, which takes the guidance scale as an input, and not schnell."""
+        return bool(self.component_configs.get("dit", {}).get("guidance_embeds", True))
+
     def default_sequence_length(self) -> int:
         """T5 tokens per prompt: 512 (dev), 256 (schnell), or fewer if the tokenizer says so."""
-        published = 512 if self.dit is None or self.dit.config.guidance_embeds else 256
+        published = 512 if self.is_guidance_distilled() else 256
         return min(published, self.tokenizer_2.model_max_length)
 
     def latent_shape(self, batch_size: int, height: int, width: int) -> tuple[int, ...]:
-        channels = self.dit.config.in_channels // 4
+        channels = self.component_configs["dit"]["in_channels"] // 4
         return (batch_size, channels, height // self.vae_scale_factor, width // self.vae_scale_factor)
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:

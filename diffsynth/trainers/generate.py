@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config import GenerateConfig
 from ..core.errors import UserError
 from .run import choose_family, inspect_configs, load_pipeline_class, model_configs, tokenizer_configs
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +87,7 @@ def output_paths(config: GenerateConfig) -> list[Path]:
     return [path.with_stem(f"{path.stem}_{index}") for index in range(config.num_images)]
 
 
-def _read_input_image(config: GenerateConfig):  # type: ignore[no-untyped-def]
+def _read_input_image(config: GenerateConfig) -> Image.Image | None:
     if config.input_image is None:
         if config.denoising_strength != 1:
             raise UserError("--denoising_strength has no effect without --input_image.")

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 WEIGHT_SUFFIXES = (".safetensors", ".sft", ".bin", ".pt", ".pth", ".ckpt")
 METADATA_SUFFIXES = (".csv", ".json", ".jsonl")
 _LORA_KEY = re.compile(r"[._]lora[._](A|B|down|up)\b|\.hada_w1_a|\.lokr_w1")
-_FORMATS = (("lora_unet_", "kohya"), ("lora_te", "kohya"), ("diffusion_model.", "comfyui"), ("transformer.", "diffusers"),
-            ("unet.", "diffusers"), ("text_encoder", "diffusers"))
+_FORMATS = (("lora_unet_", "kohya"), ("lora_te", "kohya"), ("diffusion_model.", "comfyui"),
+            ("transformer.", "diffusers"), ("unet.", "diffusers"), ("text_encoder", "diffusers"))
 _EXAMPLES = 5
 
 
@@ -192,5 +192,6 @@ def _readable(value: Any) -> str:
     if isinstance(value, Mapping):
         return "\n".join(f"{key}: {_readable(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(str, value)) if all(isinstance(v, int | float) for v in value) else "\n".join(map(str, value))
+        separator = ", " if all(isinstance(item, int | float) for item in value) else "\n"
+        return separator.join(map(str, value))
     return str(value)

@@ -12,7 +12,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from ..config import TrainConfig
@@ -169,7 +168,7 @@ def _repository(entry: str) -> ModelConfig:
     return ModelConfig(model_id=model_id, origin_file_pattern=pattern)
 
 
-def tokenizer_configs(family: ModelFamily, folder: str | None) -> dict[str, ModelConfig]:
+def tokenizer_configs(family: ModelFamily, folder: str | None) -> dict[str, Any]:
     """Arguments of ``from_pretrained`` for tokenizers below one folder.
 
     Raises:
@@ -227,9 +226,7 @@ def load_pipeline_class(family: ModelFamily) -> type[BasePipeline]:
 def division_factors(family: ModelFamily, components: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
     """What height and width must be multiples of: an empty pipeline that knows the networks' configurations says so."""
     pipe = load_pipeline_class(family)()
-    for component in components:
-        if hasattr(pipe, component["name"]):
-            setattr(pipe, component["name"], SimpleNamespace(config=SimpleNamespace(**component["config"])))
+    pipe.component_configs = {component["name"]: dict(component["config"]) for component in components}
     pipe.components_loaded()
     return pipe.height_division_factor, pipe.width_division_factor
 
@@ -243,7 +240,10 @@ def build_model(
     from ..diffusion.training_module import PipelineTrainingModule
 
     pipe = load_pipeline_class(family).from_pretrained(
-        DTYPES[config.mixed_precision], device, list(configs), **tokenizer_configs(family, config.tokenizer_path)
+        DTYPES[config.mixed_precision], device, list(configs),
+        # what is only needed to fill the cache is not even read when the cache is full
+        deferred=[component.name for component in family.components],
+        **tokenizer_configs(family, config.tokenizer_path),
     )
     pipe.timestep_sampling = TimestepSampling(
         kind=config.timestep_sampling, shift=config.timestep_shift, weighting=config.timestep_weighting
@@ -259,8 +259,8 @@ def fp8_components(config: TrainConfig, pipe: BasePipeline) -> tuple[str, ...]:
     """
     from ..core.loader import ModelConfig
 
-    loaded = {c.name: getattr(pipe, c.name) for c in pipe.family().components if getattr(pipe, c.name) is not None}
-    files = {name: {Path(path).resolve() for path in module._diffsynth_source.paths} for name, module in loaded.items()}
+    loaded = pipe.component_paths
+    files = {name: {Path(path).resolve() for path in paths} for name, paths in loaded.items()}
     names: list[str] = []
     for entry in config.fp8_models:
         if entry in loaded:

@@ -28,7 +28,8 @@ def one_process(workplace) -> Path:
 
 
 def test_flags_of_the_newer_page_on_one_process(one_process):
-    assert {"step-3.safetensors", "config.yaml", "metrics.jsonl", "state"} <= {path.name for path in one_process.iterdir()}
+    names = {path.name for path in one_process.iterdir()}
+    assert {"step-3.safetensors", "config.yaml", "metrics.jsonl", "state"} <= names
 
 
 def test_two_processes_learn_what_one_process_with_accumulation_learns(workplace, one_process):

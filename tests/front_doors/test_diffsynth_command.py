@@ -119,7 +119,7 @@ BAD = [
     ("train --lora_rnak 8", "unknown option --lora_rnak. Did you mean --lora_rank?"),
     ("train --lora_rank x", "--lora_rank: 'x' is not a whole number, at least 1."),
     ("train --config nowhere.yaml", "nowhere.yaml"),
-    ("trian", "Did you mean 'train'?"),
+    ("trainn", "Did you mean 'train'?"),
     ("train", "set --dataset_base_path"),
     ("train --config run.yaml --output_path out", "holds another run"),
     ("train --config run.yaml --device cuda:7", "'cuda:7'"),

@@ -11,7 +11,7 @@ from .conftest import REPOSITORY
 
 SCRIPT = str(REPOSITORY / "examples/train/flux/train_flux_lora.py")
 # as printed, but for a smaller size and fewer steps
-COMMAND = """
+PRINTED = """
   --pretrained_text_encoder_path models/FLUX/FLUX.1-dev/text_encoder/model.safetensors
   --pretrained_text_encoder_2_path models/FLUX/FLUX.1-dev/text_encoder_2
   --pretrained_dit_path models/FLUX/FLUX.1-dev/flux1-dev.safetensors
@@ -29,7 +29,8 @@ COMMAND = """
   --lora_alpha 16
   --use_gradient_checkpointing
   --align_to_opensource_format
-""".split()
+"""
+COMMAND = PRINTED.split()
 INFERENCE = """
 from diffsynth import ModelManager, FluxImagePipeline
 import torch
@@ -66,8 +67,7 @@ def test_printed_command_ends_in_the_checkpoints_of_the_page(version_0):
 
 
 def test_printed_inference_script_loads_the_checkpoint(workplace, version_0):
-    finished = workplace.python("-c", INFERENCE)
-    assert "matched" in finished.stderr + finished.stdout or finished.returncode == 0
+    workplace.python("-c", INFERENCE)
     assert Image.open(workplace.folder / "image_with_lora.jpg").size == (32, 32)
 
 

@@ -28,7 +28,9 @@ def describe(part: Any) -> str:
         return repr(part)
     code = getattr(part, "__code__", None)
     if isinstance(code, CodeType):
-        return f"{part.__module__}.{part.__qualname__}:{_digest(_code_parts(code))}"
+        cells = [cell.cell_contents for cell in part.__closure__ or ()]
+        bound = describe([cells, part.__defaults__, sorted((part.__kwdefaults__ or {}).items())])
+        return f"{part.__module__}.{part.__qualname__}:{_digest(_code_parts(code))}{bound}"
     try:
         state = pickle.dumps(part, protocol=4)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -39,8 +41,15 @@ def describe(part: Any) -> str:
 
 
 def _code_parts(code: CodeType) -> bytes:
-    constants = [_code_parts(c) if isinstance(c, CodeType) else repr(c).encode() for c in code.co_consts]
+    constants = [_constant(constant) for constant in code.co_consts]
     return b"|".join([code.co_code, " ".join(code.co_names).encode(), *constants])
+
+
+def _constant(constant: Any) -> bytes:
+    if isinstance(constant, CodeType):
+        return _code_parts(constant)
+    # the order of a set of strings differs from process to process
+    return repr(sorted(map(repr, constant)) if isinstance(constant, frozenset) else constant).encode()
 
 
 def _digest(content: bytes) -> str:

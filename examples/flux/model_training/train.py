@@ -1,4 +1,4 @@
-"""Train FLUX: a LoRA or the whole transformer. Start it with: accelerate launch examples/flux/model_training/train.py"""
+"""Train FLUX, a LoRA or the whole transformer: accelerate launch examples/flux/model_training/train.py ..."""
 
 from diffsynth.config import TrainConfig
 from diffsynth.core.command_line import run_front_door

@@ -67,9 +67,9 @@ def test_complete_command_of_the_newer_page():
 
 
 # what the issue names beyond the pages
-ISSUE = """--seed 1 --batch_size 2 --max_steps 3 --resume auto --cache_path c --cache off --lora_alpha 4 --lora_format kohya
---optimizer torch.optim.SGD --lr_scheduler cosine --lr_warmup_steps 5 --max_grad_norm 0.5 --timestep_sampling logit_normal
---caption_dropout 0.1 --sample_prompts 'a dog|a cat' --sample_every 10 --keep_checkpoints 2 --mixed_precision no
+ISSUE = """--seed 1 --batch_size 2 --max_steps 3 --resume auto --cache_path c --cache off --lora_alpha 4
+--lora_format kohya --optimizer torch.optim.SGD --lr_scheduler cosine --lr_warmup_steps 5 --max_grad_norm 0.5
+--timestep_sampling logit_normal --caption_dropout 0.1 --sample_prompts 'a dog|a cat' --sample_every 10 --keep_checkpoints 2 --mixed_precision no
 --device cpu --height 64 --width 64"""
 
 
@@ -130,7 +130,7 @@ def test_values_may_hold_spaces_equals_signs_and_leading_dashes():
 
 
 def test_generate_takes_several_loras():
-    config = GenerateConfig.from_command_line("--lora a.safetensors:0.5,b.safetensors --seed 3".split())
+    config = GenerateConfig.from_command_line(["--lora", "a.safetensors:0.5,b.safetensors", "--seed", "3"])
     assert config.lora == ("a.safetensors:0.5", "b.safetensors")
 
 

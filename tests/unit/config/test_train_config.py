@@ -61,7 +61,8 @@ def test_text_and_python_values_mean_the_same():
         learning_rate="1e-5", use_gradient_checkpointing="true", fp8_models="x/y:z*,dit",
     )
     python = TrainConfig(
-        data_file_keys=["image", "edit_image"], trainable_models=("dit",), sample_prompts=["a dog", "a red, round ball"],
+        data_file_keys=["image", "edit_image"], trainable_models=("dit",),
+        sample_prompts=["a dog", "a red, round ball"],
         lora_target_modules=["to_q", "to_k"], model_paths=[["a", "b"], "c"], optimizer_args={"eps": 1e-6},
         learning_rate=1e-5, use_gradient_checkpointing=True, fp8_models=["x/y:z*", "dit"],
     )
@@ -86,15 +87,15 @@ data_file_keys: [image, edit_image]
 sample_prompts: [a dog, "a red, round ball"]
 model_paths: [[a, b], c]
 """
-WORDS = """--lora_rank 8 --learning_rate 1e-5 --mixed_precision no --cache off --height 64 --width=64
---use_gradient_checkpointing --data_file_keys image,edit_image""".split()
+WORDS = "--lora_rank 8 --learning_rate 1e-5 --mixed_precision no --cache off --height 64 --width=64"
+SWITCHES = ["--use_gradient_checkpointing", "--data_file_keys", "image,edit_image"]
 
 
 def test_yaml_command_line_and_python_give_equal_options(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(YAML, encoding="utf-8")
     from_yaml = TrainConfig.from_sources(file)
-    words = [*WORDS, "--sample_prompts", "a dog|a red, round ball", "--model_paths", '[["a", "b"], "c"]']
+    words = [*WORDS.split(), *SWITCHES, "--sample_prompts", "a dog|a red, round ball", "--model_paths", '[["a", "b"], "c"]']
     from_words = TrainConfig.from_sources(None, words)
     from_python = TrainConfig(
         lora_rank=8, learning_rate=1e-5, mixed_precision="no", cache="off", height=64, width=64,

@@ -285,7 +285,11 @@ class _Counting:
 
 
 def double(value: str) -> str:
-    return value * 2
+    return value if value in {"one", "of", "these", "words"} else value * 2
+
+
+def appending(text: str):
+    return lambda value: value + text
 
 
 def test_fingerprint_is_the_same_in_another_process(write_dataset: Write) -> None:
@@ -306,11 +310,21 @@ print(json.dumps(dataset.fingerprint(0, 5)))
 
 def test_fingerprint_tells_functions_apart(write_dataset: Write) -> None:
     base = write_dataset("image,prompt\na.png,x\n", "a.png")
+    lambdas = (lambda v: v + "a", lambda v: v + "b", lambda v: (lambda: v + "c")())
+    functions = (double, keep, appending("1"), appending("2"), *lambdas)
     prints = {
         json.dumps(open_dataset(base, special_operator_map={"prompt": function}).fingerprint(0))
-        for function in (double, keep, lambda v: v + "a", lambda v: v + "b", lambda v: (lambda: v + "c")())
+        for function in (
+            double,
+            keep,
+            appending("1"),
+            appending("2"),
+            lambda v: v + "a",
+            lambda v: v + "b",
+            lambda v: (lambda: v + "c")(),
+        )
     }
-    assert len(prints) == 5
+    assert len(prints) == 7
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
+# ruff: noqa: E501
 import accelerate
 import torch
 
+from diffsynth import FluxImagePipeline, ModelConfig
 from diffsynth.core.data import UnifiedDataset
 from diffsynth.diffusion.logger import ModelLogger
 from diffsynth.diffusion.loss import FlowMatchSFTLoss
 from diffsynth.diffusion.runner import launch_training_task
 from diffsynth.diffusion.training_module import DiffusionTrainingModule
-from diffsynth import FluxImagePipeline, ModelConfig
 
 
 class FluxTrainingModule(DiffusionTrainingModule):
