@@ -60,9 +60,10 @@ def _train(words: Sequence[str]) -> None:
     --model_paths '["flux1-dev.safetensors", "ae.safetensors",
                     "text_encoder/model.safetensors", "text_encoder_2"]' \\
     --lora_base_model dit --output_path models/dog --use_gradient_checkpointing""")
-    from .trainers.run import relaunch_on_all_gpus, train
+    from .trainers.run import check_run, relaunch_on_all_gpus, train
 
-    if not relaunch_on_all_gpus(config.device, ["-m", "diffsynth", "train", *words]):
+    command = ["-m", "diffsynth", "train", *words]
+    if not relaunch_on_all_gpus(config.device, command, check=lambda: check_run(config)):
         train(config)
 
 

@@ -171,8 +171,9 @@ def _raw_class(options: type[Options]) -> type:
                 help_behavior_hint="(required)" if _is_required(field) else f"(default: {_default_text(field)})",
             )
             words: Any = tuple[str, ...] if _is_list(field) else tuple[str]
-            annotation: Any = Annotated[words, argument]
-            fields.append((name, tyro.conf.Positional[annotation] if is_positional(field) else annotation, _default()))
+            if is_positional(field):
+                words = tyro.conf.Positional[words]  # type: ignore[misc]
+            fields.append((name, Annotated[words, argument], _default()))
         groups.append(_group(title, description, fields))
     return dataclasses.make_dataclass("CommandLine", groups)
 

@@ -65,6 +65,7 @@ def _draw(sampler, shape: Sequence[int], purpose: str) -> torch.Tensor:
     if shape[0] != len(draw.items):
         raise ValueError(f"{purpose}: asked for {shape[0]} rows, but the batch holds {len(draw.items)} items.")
     rows = [
-        sampler(tuple(shape[1:]), generator=keyed_generator(draw.seed, draw.epoch, item, purpose)) for item in draw.items
+        sampler(tuple(shape[1:]), generator=keyed_generator(draw.seed, draw.epoch, item, purpose))
+        for item in draw.items
     ]
     return torch.stack(rows)

@@ -58,7 +58,7 @@ class BasePipeline(torch.nn.Module):
         self.component_fingerprints: dict[str, str] = {}
         """Content of the files that each component comes from; changes whenever its outputs might."""
         self.component_paths: dict[str, tuple[Path, ...]] = {}
-        self._load_component: Callable[[str], torch.nn.Module] | None = None
+        self._load_component: Callable[[str], torch.nn.Module | None] | None = None
 
     @classmethod
     def family(cls) -> ModelFamily:
@@ -99,7 +99,9 @@ class BasePipeline(torch.nn.Module):
         family = cls.family()
         allowed = {f"{tokenizer}_config" for tokenizer in family.tokenizers}
         if unknown := sorted(set(tokenizer_configs) - allowed):
-            raise TypeError(f"{cls.__name__}.from_pretrained has no argument {unknown[0]!r}; it takes {sorted(allowed)}.")
+            raise TypeError(
+                f"{cls.__name__}.from_pretrained has no argument {unknown[0]!r}; it takes {sorted(allowed)}."
+            )
         target = choose_device(str(device))
         sources = list(model_configs)
         components = load_components(
@@ -136,7 +138,8 @@ class BasePipeline(torch.nn.Module):
         """
         for name in names:
             if getattr(self, name) is None and name in self.component_paths and self._load_component:
-                setattr(self, name, self._load_component(name).requires_grad_(False).eval())
+                setattr(self, name, self._load_component(name))
+                getattr(self, name).requires_grad_(False).eval()
             if getattr(self, name) is None:
                 component = next(c for c in self.family().components if c.name == name)
                 raise UserError(f"{type(self).__name__} needs {name!r} ({component.spec.kind}), which is not loaded; "
@@ -149,7 +152,9 @@ class BasePipeline(torch.nn.Module):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def run_units(self, inputs_shared: Inputs, inputs_posi: Inputs, inputs_nega: Inputs) -> tuple[Inputs, Inputs, Inputs]:
+    def run_units(
+        self, inputs_shared: Inputs, inputs_posi: Inputs, inputs_nega: Inputs
+    ) -> tuple[Inputs, Inputs, Inputs]:
         for unit in self.units:
             inputs_shared, inputs_posi, inputs_nega = self.unit_runner(
                 unit, self, inputs_shared, inputs_posi, inputs_nega

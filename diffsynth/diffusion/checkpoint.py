@@ -128,8 +128,8 @@ def find_state(output_path: Path, resume: str) -> Path | None:
         return None
     if resume != "auto":
         if not verify_state(Path(resume)):
-            raise UserError(f"resume {resume}: the state is incomplete or damaged; use --resume auto to take the newest "
-                            "complete one.")
+            raise UserError(f"resume {resume}: the state is incomplete or damaged; use --resume auto to take the "
+                            "newest complete one.")
         return Path(resume)
     states = [path for path in (output_path / "state").glob("step-*") if _STATE_NAME.fullmatch(path.name)]
     states.sort(key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
@@ -151,10 +151,13 @@ def load_state(folder: Path) -> TrainingState:
 
 def refuse_changed_options(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise a ``UserError`` that names the options with which a resumed run would be another run."""
-    changed = [f"{name}: {saved[name]!r} -> {now[name]!r}" for name in saved if name in now and saved[name] != now[name]]
+    changed = [
+        f"{name}: {saved.get(name)!r} -> {now.get(name)!r}"
+        for name in dict.fromkeys([*saved, *now]) if saved.get(name) != now.get(name)
+    ]
     if changed:
-        raise UserError(f"the resumed run was started with other options ({'; '.join(changed)}); set them back, or start "
-                        "a new run in another folder, with --lora_checkpoint for the old weights.")
+        raise UserError(f"the resumed run was started with other options ({'; '.join(changed)}); set them back, or "
+                        "start a new run in another folder, with --lora_checkpoint for the old weights.")
 
 
 def _flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:

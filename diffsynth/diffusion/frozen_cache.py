@@ -8,7 +8,6 @@ unit itself. Equal captions share one entry, a changed picture leaves its captio
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,14 +23,12 @@ if TYPE_CHECKING:
     from ..core.data import UnifiedDataset
     from .training_module import PipelineTrainingModule
 
-logger = logging.getLogger(__name__)
-
 INPUT_COLUMNS = {"input_image": "image", "height": "image", "width": "image"}
 """Inputs of the units that are made from another column of the data set than the one of their name."""
 
 
 @dataclass(frozen=True)
-class _Job:
+class CacheJob:
     """One (item, variant, caption dropped or not) and the keys of its entries, one per unit of the prefix."""
 
     item: int
@@ -40,13 +37,23 @@ class _Job:
     keys: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class CachePlan:
+    """What a data set needs of the cache."""
+
+    store: CacheStore
+    jobs: list[CacheJob]
+    missing: list[CacheJob]
+    """Jobs of which an entry is not in the store; entries that several jobs share are asked of the first alone."""
+
+
 class CachedDataset:
     """A data set whose items are the outputs of the frozen prefix, read from the store."""
 
-    def __init__(self, dataset: UnifiedDataset, store: CacheStore, keys: dict[tuple[int, int, bool], tuple[str, ...]]):
+    def __init__(self, dataset: UnifiedDataset, plan: CachePlan) -> None:
         self.dataset = dataset
-        self.store = store
-        self.keys = keys
+        self.store = plan.store
+        self.keys = {(job.item, job.variant, job.drop_caption): job.keys for job in plan.jobs}
         self.num_rows = dataset.num_rows
         self.num_variants = dataset.num_variants
 
@@ -67,39 +74,27 @@ class CachedDataset:
         return outputs
 
 
-def cache_frozen_prefix(
-    module: PipelineTrainingModule, dataset: UnifiedDataset, folder: Path, rank: int = 0, num_processes: int = 1,
-    progress=None,
-) -> CachedDataset:
-    """Encode what is not in the cache yet; this process does its share of the missing entries.
+def plan_cache(module: PipelineTrainingModule, dataset: UnifiedDataset, folder: Path) -> CachePlan:
+    """Which entries the data set needs, and which of them are still to be computed.
 
     Args:
         module: Training module; its ``prefix`` says what is frozen.
         dataset: The pictures and captions.
         folder: Where the entries are kept.
-        rank: Index of this process.
-        num_processes: Number of processes that do this at the same time.
-        progress: Wraps the list of jobs and shows how far it is.
-    Returns:
-        The data set to train from, complete once all processes are done.
     """
     store = CacheStore(folder)
     jobs = list(_jobs(module, dataset))
     claimed: set[str] = set()
-    missing: list[_Job] = []
+    missing: list[CacheJob] = []
     for job in jobs:
         wanted = {key for key in job.keys if key not in claimed and not store.has(key)}
         claimed |= wanted
         if wanted:
             missing.append(job)
-    share = missing[rank::num_processes]
-    for job in share if progress is None else progress(share):
-        _encode(module, dataset, store, job)
-    logger.info("cache %s: %d of %d items had to be encoded", folder, len(missing), len(jobs))
-    return CachedDataset(dataset, store, {(job.item, job.variant, job.drop_caption): job.keys for job in jobs})
+    return CachePlan(store, jobs, missing)
 
 
-def _jobs(module: PipelineTrainingModule, dataset: UnifiedDataset) -> Iterator[_Job]:
+def _jobs(module: PipelineTrainingModule, dataset: UnifiedDataset) -> Iterator[CacheJob]:
     units = module.prefix.units
     fingerprints = [_unit_fingerprint(module, unit) for unit in units]
     columns = _columns_of_units(units)
@@ -112,7 +107,7 @@ def _jobs(module: PipelineTrainingModule, dataset: UnifiedDataset) -> Iterator[_
                     entry_key(fingerprint, *(final.get(column, "") for column in wanted))
                     for fingerprint, wanted in zip(fingerprints, columns, strict=True)
                 )
-                yield _Job(item, variant, drop, keys)
+                yield CacheJob(item, variant, drop, keys)
 
 
 def _columns_of_units(units: tuple[PipelineUnit, ...]) -> list[list[str]]:
@@ -149,7 +144,10 @@ def _tokenizer_fingerprint(tokenizer: Any) -> str:
 
 
 @torch.no_grad()
-def _encode(module: PipelineTrainingModule, dataset: UnifiedDataset, store: CacheStore, job: _Job) -> None:
+def encode_job(
+    module: PipelineTrainingModule, dataset: UnifiedDataset, store: CacheStore, job: CacheJob
+) -> None:
+    """Compute and store the entries of one job that are not there yet."""
     data = dataset.load(job.item, job.variant)
     if job.drop_caption:
         data = {**data, "prompt": ""}

@@ -130,13 +130,29 @@ class ModelLogger:
             self._saved.pop(0).unlink(missing_ok=True)
         return written
 
+    def check_format(self, model: DiffusionTrainingModule) -> None:
+        """Make sure, before hours of training, that what is trained can be written.
+
+        Raises:
+            UserError: a layer or a kind of LoRA has no place in the asked-for format.
+        """
+        from ..adapters.lora import check_format, lora_state
+
+        for name in model.lora_models:
+            layers = lora_state(getattr(model.pipe, name)).layers
+            dora = any(layer.dora_scale is not None for layer in layers.values())
+            check_format(model.pipe.family(), self._format(), name, layers, dora)
+
+    def _format(self) -> str:
+        # the pages remove the prefix to get the bare module names of this system
+        return "diffsynth" if self.lora_format == "auto" and self.remove_prefix_in_ckpt else self.lora_format
+
     def _save_lora(self, model: DiffusionTrainingModule, path: Path) -> Path:
         from ..adapters.lora import save_lora
 
-        fmt = self.lora_format
-        if fmt == "auto" and self.remove_prefix_in_ckpt:
-            fmt = "diffsynth"
-        save_lora(path, model.export_lora(), model.pipe.family(), fmt)
+        files = [path for name in model.lora_models for path in model.pipe.component_paths.get(name, ())]
+        save_lora(path, model.export_lora(), model.pipe.family(), self._format(), base=", ".join(file.name for file in files),
+                  options=model.lora_options)
         return path
 
     def _save_full(self, model: DiffusionTrainingModule, path: Path) -> Path:
@@ -147,7 +163,8 @@ class ModelLogger:
             prefix = f"pipe.{model.full_models[0]}."
         dtype = model.pipe.torch_dtype
         named = {
-            name.removeprefix(prefix or ""): tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None, copy=True)
+            name.removeprefix(prefix or ""): tensor.detach().to(
+                "cpu", dtype if tensor.is_floating_point() else None, copy=True)
             for name, tensor in tensors.items()
         }
         config = getattr(getattr(model.pipe, model.full_models[0]), "config", None)

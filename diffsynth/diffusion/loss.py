@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .base_pipeline import BasePipeline
 
 
-def FlowMatchSFTLoss(pipe: BasePipeline, **inputs: Any) -> torch.Tensor:  # noqa: N802 - the public name of the pages
+def FlowMatchSFTLoss(pipe: BasePipeline, **inputs: Any) -> torch.Tensor:
     """Flow matching on clean latents: the network predicts ``noise - latents``.
 
     Args:

@@ -26,10 +26,11 @@ def build_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfi
     if "weight_decay" in accepted:
         arguments["weight_decay"] = config.weight_decay
     arguments.update(config.optimizer_args)
-    if unknown := sorted(set(arguments) - set(accepted)):
-        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values()):
-            raise UserError(f"optimizer_args: {config.optimizer} takes no argument {unknown[0]!r}."
-                            f"{did_you_mean(unknown[0], accepted)}")
+    takes_anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+    unknown = sorted(set(arguments) - set(accepted))
+    if unknown and not takes_anything:
+        raise UserError(f"optimizer_args: {config.optimizer} takes no argument {unknown[0]!r}."
+                        f"{did_you_mean(unknown[0], accepted)}")
     try:
         return cls(list(parameters), **arguments)
     except (TypeError, ValueError) as error:
@@ -41,11 +42,14 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
     try:
         module = importlib.import_module(module_name or "torch.optim")
     except ImportError as error:
-        raise UserError(f"optimizer {name!r}: cannot import {module_name!r} ({error}); is its package installed?") from error
+        raise UserError(
+            f"optimizer {name!r}: cannot import {module_name!r} ({error}); is its package installed?"
+        ) from error
     cls = getattr(module, class_name, None)
     if not isinstance(cls, type):
         names = [n for n, value in vars(module).items() if isinstance(value, type)]
-        raise UserError(f"optimizer {name!r}: {module.__name__} has no class {class_name!r}.{did_you_mean(class_name, names)}")
+        raise UserError(f"optimizer {name!r}: {module.__name__} has no class {class_name!r}."
+                        f"{did_you_mean(class_name, names)}")
     return cls
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from .unit import run_unit
+from .unit import Inputs, run_unit
 
 if TYPE_CHECKING:
     from .base_pipeline import BasePipeline
@@ -46,7 +46,9 @@ class Previews:
     @torch.no_grad()
     def _encode(self, prompt: str) -> dict[str, torch.Tensor]:
         """Outputs of the units that read the prompt, named as the pipeline's call takes them."""
-        shared, posi, nega = dict(self.arguments), {"prompt": [prompt]}, {"negative_prompt": [""]}
+        shared: Inputs = dict(self.arguments)
+        posi: Inputs = {"prompt": [prompt]}
+        nega: Inputs = {"negative_prompt": [""]}
         outputs: dict[str, torch.Tensor] = {}
         for unit in self.pipe.units:
             if unit.prompt_inputs:
@@ -61,7 +63,9 @@ class Previews:
         self.pipe.denoiser.eval()
         try:
             pictures = [
-                self.pipe(prompt=prompt, seed=self.seed + column, progress_bar_cmd=progress_bar_cmd, **self.arguments, **embeds)  # type: ignore[operator]
+                self.pipe(
+                    prompt=prompt, seed=self.seed + column, progress_bar_cmd=progress_bar_cmd,
+                    **self.arguments, **embeds)
                 for column, (prompt, embeds) in enumerate(zip(self.prompts, self.embeds, strict=True))
             ]
             path = self.folder / "samples" / f"step-{step:06d}.png"
@@ -86,7 +90,10 @@ def contact_sheet(rows: dict[str, Image.Image], columns: Sequence[str]) -> Image
     # small pictures are enlarged without smoothing, so that what the network drew stays visible
     width = next(iter(rows.values())).width
     scale = max(1, round(160 * len(columns) / width))
-    scaled = {name: row.resize((row.width * scale, row.height * scale), Image.Resampling.NEAREST) for name, row in rows.items()}
+    scaled = {
+        name: row.resize((row.width * scale, row.height * scale), Image.Resampling.NEAREST)
+        for name, row in rows.items()
+    }
     left, top, gap = 90, 56, 4
     first = next(iter(scaled.values()))
     sheet = Image.new("RGB", (left + first.width, top + sum(row.height + gap for row in scaled.values())), "white")

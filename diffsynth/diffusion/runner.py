@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as ProgressBar
 from rich.progress import Task as BarTask
 from rich.text import Text
 
 from ..config import TrainConfig
 from ..core import random
-from ..core.errors import RunStopped
+from ..core.errors import RunStopped, UserError
 from ..core.loader import model_base_path
 from .checkpoint import (
     Progress,
@@ -29,7 +35,7 @@ from .checkpoint import (
     refuse_changed_options,
     save_state,
 )
-from .frozen_cache import cache_frozen_prefix
+from .frozen_cache import CachedDataset, encode_job, plan_cache
 from .logger import ModelLogger
 from .optim import build_lr_scheduler, build_optimizer
 from .previews import Previews
@@ -74,12 +80,14 @@ def launch_training_task(
         RunStopped: the loss or a gradient is not a finite number.
     """
     config = (config or TrainConfig()).replace(output_path=str(model_logger.output_path), **options)
+    if config.task == "sft:data_process":
+        fill_cache(accelerator, dataset, model, config)
+        return
     check_output_folder(model_logger.output_path, config.resume)
     # no process may write before the others have looked
     accelerator.wait_for_everyone()
+    model_logger.check_format(model)
     task = _Task(accelerator, dataset, model, model_logger, config)
-    if config.task == "sft:data_process":
-        return
     task.resume()
     task.run()
 
@@ -97,7 +105,7 @@ class _Task:
         dataset = self._cache(dataset)
         self.items = RequestedItems(dataset, config.seed, config.caption_dropout)
         self.plan = StepPlan(
-            [dataset.bucket(item) if hasattr(dataset, "bucket") and config.batch_size > 1 else None for item in range(len(dataset))],
+            _buckets(dataset, config.batch_size),
             batch_size=config.batch_size, accumulation_steps=config.gradient_accumulation_steps,
             num_processes=accelerator.num_processes, rank=accelerator.process_index, seed=config.seed,
             steps_per_epoch=config.steps_per_epoch,
@@ -126,16 +134,10 @@ class _Task:
 
     def _cache(self, dataset: Any) -> Any:
         """Encode the frozen prefix once, then let go of the models that only it needs."""
-        config, model = self.config, self.model
-        if config.cache == "off" or not isinstance(model, PipelineTrainingModule) or not model.prefix.units:
+        model = self.model
+        if self.config.cache == "off" or not isinstance(model, PipelineTrainingModule) or not model.prefix.units:
             return dataset
-        folder = Path(config.cache_path) if config.cache_path else model_base_path() / "cache"
-        with _progress_bar(self.is_main) as bar:
-            cached = cache_frozen_prefix(
-                model, dataset, folder, self.accelerator.process_index, self.accelerator.num_processes,
-                lambda jobs: _track(bar, jobs),
-            )
-        self.accelerator.wait_for_everyone()
+        cached = fill_cache(self.accelerator, dataset, model, self.config)
         model.prefix_cached = True
         kept = ("vae",) if self.previews else ()
         model.pipe.release(name for name in model.prefix.released_models if name not in kept)
@@ -180,8 +182,9 @@ class _Task:
             self.files.save(self.model, step=self.progress.step, epoch=epoch)
             scaler = self.accelerator.scaler
             save_state(self.files.output_path / "state", TrainingState(
-                self.progress, {name: p.detach() for name, p in self.parameters.items()}, self.optimizer.state_dict(),
-                self.lr_scheduler.state_dict(), scaler.state_dict() if scaler is not None else {}, self._fixed_options(),
+                self.progress, {name: p.detach() for name, p in self.parameters.items()},
+                self.optimizer.state_dict(), self.lr_scheduler.state_dict(),
+                scaler.state_dict() if scaler is not None else {}, self._fixed_options(),
             ))
             self.files.draw_curve()
         self.accelerator.wait_for_everyone()
@@ -196,7 +199,32 @@ class _Task:
             name: value for name, value in self.config.model_dump(mode="json").items()
             if name not in OPTIONS_THAT_MAY_CHANGE
         }
+        if self.config.lr_scheduler in ("linear", "cosine"):
+            options["steps of the learning-rate schedule"] = self.total_steps
         return {**options, "items per step": self.plan.step_size}
+
+
+def fill_cache(accelerator: Accelerator, dataset: Any, model: Any, config: TrainConfig) -> CachedDataset:
+    """Bring the cache of the frozen prefix up to date, all processes together.
+
+    Raises:
+        UserError: the module has nothing to cache, or ``sft:train`` finds entries missing.
+    """
+    if not isinstance(model, PipelineTrainingModule) or config.cache == "off":
+        raise UserError(f"--task {config.task} works on the cache of encoded data; leave --cache at auto.")
+    folder = Path(config.cache_path) if config.cache_path else model_base_path() / "cache"
+    plan = plan_cache(model, dataset, folder)
+    if plan.missing and config.task == "sft:train":
+        raise UserError(f"the cache {folder} lacks {len(plan.missing)} of {len(plan.jobs)} items; fill it first with "
+                        "the same options and --task sft:data_process.")
+    share = plan.missing[accelerator.process_index :: accelerator.num_processes]
+    if share:
+        with _progress_bar(accelerator.is_main_process) as bar:
+            for job in _track(bar, share):
+                encode_job(model, dataset, plan.store, job)
+    accelerator.wait_for_everyone()
+    logger.info("cache %s: %d of %d items had to be encoded", folder, len(plan.missing), len(plan.jobs))
+    return CachedDataset(dataset, plan)
 
 
 def train(task: _Task, report: Any) -> None:
@@ -274,10 +302,17 @@ def stop_unless_finite(task: _Task, window: list[int], loss: torch.Tensor, grad_
     finite = torch.isfinite(loss) & (torch.isfinite(grad_norm) | (task.accelerator.scaler is not None))
     if not bool(finite):
         raise RunStopped(
-            f"step {task.progress.step + 1}: loss {loss.item()}, gradient norm {grad_norm.item()} are not finite numbers "
-            f"(items {window[:8]}); the weights were left as they were after step {task.progress.step}. "
+            f"step {task.progress.step + 1}: loss {loss.item()}, gradient norm {grad_norm.item()} are not finite "
+            f"numbers (items {window[:8]}); the weights were left as they were after step {task.progress.step}. "
             "Try a lower --learning_rate, or --mixed_precision no."
         )
+
+
+def _buckets(dataset: Any, batch_size: int) -> Sequence[Any]:
+    """Which items can share a forward pass; with one item in each, all can be in one bucket."""
+    if batch_size == 1 or not hasattr(dataset, "bucket"):
+        return [None] * len(dataset)
+    return [dataset.bucket(item) for item in range(len(dataset))]
 
 
 def _track(bar: ProgressBar, jobs: list) -> Iterator:

@@ -39,7 +39,10 @@ def velocity(latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
 
 
 def shift_sigmas(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
-    """Move noise levels towards 1 (shift > 1) or 0; ``shift = exp(mu)``. Source: Esser et al., arXiv:2403.03206, eq. 23."""
+    """Move noise levels towards 1 (shift > 1) or 0; ``shift = exp(mu)``.
+
+    Source: Esser et al., arXiv:2403.03206, eq. 23.
+    """
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,7 @@ class DiffusionTrainingModule(torch.nn.Module):
     def switch_pipe_to_training_mode(
         self,
         pipe: BasePipeline,
-        trainable_models: str | None = None,
+        trainable_models: str | Sequence[str] | None = None,
         lora_base_model: str | None = None,
         lora_target_modules: str = "",
         lora_rank: int = 32,
@@ -49,7 +49,7 @@ class DiffusionTrainingModule(torch.nn.Module):
 
         Args:
             pipe: A loaded pipeline.
-            trainable_models: Components to train fully, separated by commas; they are kept in float32.
+            trainable_models: Components to train fully, a list or separated by commas; they are kept in float32.
             lora_base_model: Component that a LoRA is trained for.
             lora_target_modules: Layer names separated by commas, or one regular expression; empty takes the family's.
             lora_rank: Rank of both factors.
@@ -85,6 +85,7 @@ class DiffusionTrainingModule(torch.nn.Module):
             inject_lora(network, pipe.family(), targets, lora_rank, lora_alpha, rslora=lora_rslora, dora=lora_dora,
                         dtype=lora_dtype, seed=seed)
             network.train()
+            self.lora_options = {"lora_target_modules": targets, "lora_rslora": lora_rslora, "lora_dora": lora_dora}
             self.lora_models.append(lora_base_model)
             if lora_checkpoint:
                 load_lora_weights(network, load_lora_file(lora_checkpoint, pipe.family()), lora_base_model)
@@ -144,14 +145,22 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         self.pipe = pipe
         self.config = config
         self.extra_inputs = _names(config.extra_inputs)
+        if config.task == "sft:data_process":
+            # the cache needs to know what would be trained, not to load it
+            self.full_models, self.lora_models = _names(config.trainable_models), _names(config.lora_base_model)
+        else:
+            self._switch_to_training_mode()
+        self.prefix: FrozenPrefix = frozen_prefix(pipe.units, self.trainable_models(), pipe.denoiser_models)
+        self.prefix_cached = False
+
+    def _switch_to_training_mode(self) -> None:
+        pipe, config = self.pipe, self.config
         self.switch_pipe_to_training_mode(
             pipe, config.trainable_models, config.lora_base_model, config.lora_target_modules, config.lora_rank,
             config.lora_alpha, config.lora_checkpoint, config.preset_lora_path, config.preset_lora_model,
-            _names(config.fp8_models), config.lora_rslora, config.lora_dora,
+            [str(name) for name in config.fp8_models], config.lora_rslora, config.lora_dora,
             getattr(torch, config.lora_dtype), config.seed,
         )
-        self.prefix: FrozenPrefix = frozen_prefix(pipe.units, self.trainable_models(), pipe.denoiser_models)
-        self.prefix_cached = False
 
     def pipeline_inputs(self, data: Item) -> tuple[Inputs, Inputs, Inputs]:
         """What the caller of the pipeline would give to draw these pictures; values may be lists of a batch."""
@@ -174,14 +183,6 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             "use_gradient_checkpointing": self.config.use_gradient_checkpointing,
             "use_gradient_checkpointing_offload": self.config.use_gradient_checkpointing_offload,
         }
-
-    @torch.no_grad()
-    def encode(self, data: Item, units: Iterable | None = None) -> Inputs:
-        """Run the frozen prefix and return its outputs, batch dimension first."""
-        shared, posi, nega = self.pipeline_inputs(data)
-        for unit in units if units is not None else self.prefix.units:
-            shared, posi, nega = run_unit(unit, self.pipe, shared, posi, nega)
-        return {name: {**shared, **posi}[name] for name in self.prefix.outputs if name in shared or name in posi}
 
     def collate(self, items: list[Item]) -> Any:
         """Tensors of cached items are joined along the batch; other columns become lists."""

@@ -1,4 +1,4 @@
-"""Pipeline units: the steps between what the caller gives and what the denoiser needs, shared by inference and training.
+"""Pipeline units: the steps from what the caller gives to what the denoiser needs, in inference and in training.
 
 A unit declares what it reads, what it writes and which models it uses. From that the engine derives the *frozen
 prefix*: the units whose outputs depend only on frozen models and on the data, and which can therefore be computed once

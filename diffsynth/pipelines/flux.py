@@ -12,6 +12,7 @@ default. The sampler's noise levels are shifted by ``exp(mu)``, mu linear in the
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -32,6 +33,8 @@ from ..models.spec import Component, ModelFamily, Preset
 from ..models.t5 import T5_XXL
 from .flux_components import FLUX_DIT
 from .flux_lora import FLUX_LORA_ALIASES, FLUX_LORA_KEY_MAPS
+
+logger = logging.getLogger(__name__)
 
 
 class EncodePrompt(PipelineUnit):
@@ -58,7 +61,13 @@ class EncodePrompt(PipelineUnit):
 
 
 def _tokenize(tokenizer: Any, prompts: list[str], length: int) -> torch.Tensor:
-    return tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    for prompt, whole in zip(prompts, tokenizer(prompts).input_ids, strict=True):
+        if len(whole) > length:
+            lost = tokenizer.decode(whole[length - 1 :], skip_special_tokens=True)
+            logger.warning("%r is longer than the %d tokens of this text encoder; it does not see %r.",
+                           prompt[:40] + "...", length, lost)
+    return tokens
 
 
 def pack_latents(latents: torch.Tensor) -> torch.Tensor:
@@ -81,7 +90,7 @@ def image_token_ids(latent_height: int, latent_width: int) -> torch.Tensor:
 
 
 def model_fn_flux(
-    dit: torch.nn.Module,
+    dit: Any,
     latents: torch.Tensor,
     timesteps: torch.Tensor,
     prompt_embeds: torch.Tensor,
@@ -114,6 +123,12 @@ class FluxImagePipeline(BasePipeline):
     """FLUX.1-dev and FLUX.1-schnell; equals ``diffusers.FluxPipeline`` on the same weights, prompt and seed."""
 
     family_name = "flux"
+    dit: Any
+    vae: Any
+    text_encoder: Any
+    text_encoder_2: Any
+    tokenizer: Any
+    tokenizer_2: Any
     denoiser_models = ("dit",)
     model_fn = staticmethod(model_fn_flux)
 
@@ -261,7 +276,8 @@ def _check_call(
     if len(negatives) != len(prompts):
         raise UserError(f"negative_prompt has {len(negatives)} entries for {len(prompts)} prompts; give one for each.")
     if num_inference_steps < 1 or num_images < 1:
-        raise UserError(f"num_inference_steps ({num_inference_steps}) and num_images ({num_images}) must be at least 1.")
+        raise UserError(f"num_inference_steps is {num_inference_steps} and num_images {num_images}; both must be at "
+                        "least 1.")
     if not 0 < denoising_strength <= 1 or int(num_inference_steps * denoising_strength) < 1:
         raise UserError(f"denoising_strength {denoising_strength} leaves none of the {num_inference_steps} steps; "
                         "it must be in (0, 1] and large enough for one step.")
@@ -292,7 +308,7 @@ FAMILY = ModelFamily(
         "tokenizer": ("transformers.CLIPTokenizer", "tokenizer"),
         "tokenizer_2": ("transformers.T5TokenizerFast", "tokenizer_2"),
     },
-    # every attention, feed-forward and modulation layer of the blocks, as the older page trains them; not the last layer
+    # every attention, feed-forward and modulation layer of the blocks, as the older page trains them
     default_lora_targets=(
         r"transformer_blocks\.\d+\.(attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)|ff(_context)?\.net\.(0\.proj|2)"
         r"|norm1(_context)?\.linear)|single_transformer_blocks\.\d+\.(attn\.to_[qkv]|proj_mlp|proj_out|norm\.linear)",

@@ -10,7 +10,7 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,22 +33,36 @@ def train(config: TrainConfig) -> None:
     Raises:
         UserError: an option, a file or the data set is not as it must be; nothing has been written then.
     """
-    from ..core.device import choose_device
-    from ..diffusion.checkpoint import check_output_folder
-
-    check_options(config)
-    check_output_folder(Path(config.output_path), config.resume)
-    choose_device(config.device)
-    configs = model_configs(config)
-    components = inspect_configs(configs)
-    family = choose_family(config.family, components)
-    dataset = build_dataset(config, division_factors(family, components))
-    check_dataset(config, dataset)
+    family, configs, dataset = check_run(config)
     accelerator = build_accelerator(config)
     # no process may write before the others have looked at the output folder
     accelerator.wait_for_everyone()
     model = build_model(config, family, configs, accelerator.device)
     launch(config, accelerator, dataset, model)
+
+
+def check_run(config: TrainConfig) -> tuple[ModelFamily, list[ModelConfig], UnifiedDataset]:
+    """Check everything that can be checked without loading a model.
+
+    Returns:
+        The family, its model files, and the data set.
+    Raises:
+        UserError: an option, a file or the data set is not as it must be.
+    """
+    from ..core.device import choose_device
+    from ..diffusion.checkpoint import check_output_folder
+
+    check_options(config)
+    check_output_folder(Path(config.output_path), config.resume)
+    device = choose_device(config.device)
+    if device.type == "cpu" and config.mixed_precision == "fp16":
+        raise UserError("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no.")
+    configs = model_configs(config)
+    components = inspect_configs(configs)
+    family = choose_family(config.family, components)
+    dataset = build_dataset(config, division_factors(family, components))
+    check_dataset(config, dataset)
+    return family, configs, dataset
 
 
 def launch(
@@ -97,19 +111,13 @@ _NEEDS = {
 
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
-    """The ``accelerate`` object for this process.
-
-    Raises:
-        UserError: the device or the precision is not to be had here.
-    """
+    """The ``accelerate`` object for this process."""
     import accelerate
     import torch
 
     from ..core.device import choose_device
 
     device = choose_device(config.device)
-    if device.type == "cpu" and config.mixed_precision == "fp16":
-        raise UserError("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no.")
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     return accelerate.Accelerator(
@@ -277,13 +285,16 @@ def fp8_components(config: TrainConfig, pipe: BasePipeline) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def relaunch_on_all_gpus(device: str, command: Sequence[str], launcher_options: Sequence[str] = ()) -> bool:
+def relaunch_on_all_gpus(
+    device: str, command: Sequence[str], launcher_options: Sequence[str] = (), check: Callable[[], object] | None = None
+) -> bool:
     """Start this command again under ``accelerate launch`` when several GPUs are visible and no launcher was used.
 
     Args:
         device: The ``device`` option; a particular device is used alone.
         command: What python runs, for example ``["train.py", "--lora_rank", "8"]`` or ``["-m", "diffsynth", ...]``.
         launcher_options: Further options of ``accelerate launch``; when there are any, it is used for one GPU too.
+        check: Called before the command is started again, so that bad input is reported once.
     Returns:
         Whether it was started again; the caller is then done. A failure ends this process with the same exit code.
     """
@@ -294,6 +305,8 @@ def relaunch_on_all_gpus(device: str, command: Sequence[str], launcher_options: 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count < 2 and not launcher_options:
         return False
+    if check is not None:
+        check()
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1",
                 "--num_processes", str(max(count, 1)), "--dynamo_backend", "no"]
     if count > 1 and not launcher_options:

@@ -25,18 +25,15 @@ from .run import (
     build_dataset,
     build_model,
     check_dataset,
-    check_options,
-    choose_family,
-    division_factors,
-    inspect_configs,
+    check_run,
     launch,
-    model_configs,
     relaunch_on_all_gpus,
 )
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from ..core.data import UnifiedDataset
     from ..diffusion.training_module import DiffusionTrainingModule
 
 logger = logging.getLogger(__name__)
@@ -169,26 +166,19 @@ def run(options: TextToImageOptions, words: Sequence[str] = ()) -> None:
     Raises:
         UserError: an option, a file or the data set is not as it must be; nothing has been written then.
     """
-    from ..core.device import choose_device
-
     if options.modelscope_model_id:
         _check_upload(options)
     if not options.pretrained_paths():
         names = [name for name in type(options).model_fields if _is_path_option(name)]
         raise UserError(f"no model is given; set {', '.join(f'--{name}' for name in names)}.")
-    config = options.to_config(Path(options.output_path))
-    check_options(config)
-    choose_device(config.device)
-    configs = model_configs(config)
-    components = inspect_configs(configs)
-    family = choose_family(config.family, components)
-    factors = division_factors(family, components)
-    check_dataset(config, build_dataset(config, factors))
-    if relaunch_on_all_gpus(options.device, [sys.argv[0], *words], _launcher_options(options.training_strategy)):
+    launcher_options = _launcher_options(options.training_strategy)
+    config = options.to_config(next_version_folder(Path(options.output_path)))
+    family, configs, dataset = check_run(config)
+    if relaunch_on_all_gpus(options.device, [sys.argv[0], *words], launcher_options):
         return
     accelerator = build_accelerator(config)
     model = build_model(config, family, configs, accelerator.device)
-    _train(model, options, accelerator, factors)
+    _train(model, options, accelerator, dataset)
 
 
 def launch_training_task(model: DiffusionTrainingModule, args: argparse.Namespace | TextToImageOptions) -> None:
@@ -206,17 +196,16 @@ def launch_training_task(model: DiffusionTrainingModule, args: argparse.Namespac
     else:
         own = {name: value for name, value in vars(args).items() if name in TextToImageOptions.model_fields}
         options = TextToImageOptions(**own)
-    factors = (model.pipe.height_division_factor, model.pipe.width_division_factor)
-    config = options.to_config(Path(options.output_path))
-    _train(model, options, build_accelerator(config), factors)
+    config = options.to_config(next_version_folder(Path(options.output_path)))
+    dataset = build_dataset(config, (model.pipe.height_division_factor, model.pipe.width_division_factor))
+    check_dataset(config, dataset)
+    _train(model, options, build_accelerator(config), dataset)
 
 
 def _train(
-    model: DiffusionTrainingModule, options: TextToImageOptions, accelerator: Accelerator, factors: tuple[int, int]
+    model: DiffusionTrainingModule, options: TextToImageOptions, accelerator: Accelerator, dataset: UnifiedDataset
 ) -> None:
     config = options.to_config(_shared_version_folder(Path(options.output_path)))
-    dataset = build_dataset(config, factors)
-    check_dataset(config, dataset)
     launch(config, accelerator, dataset, model)
     if options.modelscope_model_id and accelerator.is_main_process:
         _upload(options, Path(config.output_path) / "checkpoints")

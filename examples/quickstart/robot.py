@@ -9,35 +9,35 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 from scenes import SIZE, SUPERSAMPLING, blank_picture, draw_shape, scaled
 
-STEEL, SHADE, CYAN, BLACK, RED = (196, 204, 214), (88, 100, 130), (40, 214, 220), (20, 22, 28), (220, 40, 45)
+STEEL, DARK, BODY = (70, 160, 175), (35, 60, 95), (220, 40, 45)
+LAMP, EYE, BLACK = (250, 222, 60), (250, 250, 250), (22, 22, 26)
 CENTRES = {"on the left": 20, "in the middle": 32, "on the right": 44}
 PICTURES = (
     ("in the middle", "on a white background"),
-    ("on the left", "on a grey background"),
+    ("on the left", "on a pink background"),
     ("on the right", "in a meadow"),
     ("in the middle", "in a meadow"),
     ("on the left", "on a white background"),
     ("on the right", "on a pink background"),
     ("in the middle", "on a black background"),
-    ("on the left", "in a meadow"),
+    ("on the left", "on a black background"),
 )
 
 
 def draw_robot(position: str, background: str) -> Image.Image:
-    """A robot of grey steel with cyan eyes, a black mouth and a red lamp, (64, 64) RGB."""
+    """A robot with a turquoise head, white eyes, a red body and a yellow lamp, (64, 64) RGB."""
     image, pen = blank_picture(background)
     x = CENTRES[position]
-    _box(pen, x - 1, 8, x + 1, 16, SHADE)
-    draw_shape(pen, "circle", x, 8, 3.5, RED)
+    _box(pen, x - 1.5, 10, x + 1.5, 18, DARK)
+    draw_shape(pen, "circle", x, 8, 4.5, LAMP)
     for side in (-1, 1):
-        _box(pen, x + side * 15 - 2, 40, x + side * 15 + 2, 54, SHADE)
-    _box(pen, x - 10, 36, x + 10, 58, SHADE)
-    draw_shape(pen, "circle", x, 47, 4, RED)
-    _box(pen, x - 15, 15, x + 15, 38, STEEL, radius=4)
+        _box(pen, x + side * 13 - 2.5, 46, x + side * 13 + 2.5, 59, DARK)
+    _box(pen, x - 9, 43, x + 9, 61, BODY)
+    _box(pen, x - 17, 16, x + 17, 44, STEEL)
     for side in (-1, 1):
-        draw_shape(pen, "circle", x + side * 7, 23, 4.6, CYAN)
-        draw_shape(pen, "circle", x + side * 7, 23, 2, BLACK)
-    _box(pen, x - 8, 31, x + 8, 34, BLACK)
+        draw_shape(pen, "circle", x + side * 8, 26, 6, EYE)
+        draw_shape(pen, "circle", x + side * 8, 26, 3, BLACK)
+    _box(pen, x - 10, 36, x + 10, 40, BLACK)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
 
 

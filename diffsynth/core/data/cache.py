@@ -42,7 +42,9 @@ class CacheStore:
         try:
             return load_file(self.path(key))
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"cache entry {self.path(key)} cannot be read ({error}); delete it and start again.") from error
+            raise UserError(
+                f"cache entry {self.path(key)} cannot be read ({error}); delete it and start again."
+            ) from error
 
 
 def entry_key(*parts: object) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from .files import WEIGHT_SUFFIXES
+from .huggingface import fetch_huggingface
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +117,10 @@ def _reason(error: BaseException) -> str:
 
 
 def _fetch_huggingface(model_id: str, globs: list[str], target: Path) -> None:
-    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError  # of httpx or httpx2, whichever this version was built on
 
     try:
-        snapshot_download(model_id, allow_patterns=globs, local_dir=target)
+        fetch_huggingface(model_id, globs, target)
     except HTTPError as error:
         raise OSError(str(error)) from error
 

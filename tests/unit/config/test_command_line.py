@@ -69,8 +69,8 @@ def test_complete_command_of_the_newer_page():
 # what the issue names beyond the pages
 ISSUE = """--seed 1 --batch_size 2 --max_steps 3 --resume auto --cache_path c --cache off --lora_alpha 4
 --lora_format kohya --optimizer torch.optim.SGD --lr_scheduler cosine --lr_warmup_steps 5 --max_grad_norm 0.5
---timestep_sampling logit_normal --caption_dropout 0.1 --sample_prompts 'a dog|a cat' --sample_every 10 --keep_checkpoints 2 --mixed_precision no
---device cpu --height 64 --width 64"""
+--timestep_sampling logit_normal --caption_dropout 0.1 --sample_prompts 'a dog|a cat' --sample_every 10
+--keep_checkpoints 2 --mixed_precision no --device cpu --height 64 --width 64"""
 
 
 def test_options_that_the_issue_names():

@@ -95,7 +95,8 @@ def test_yaml_command_line_and_python_give_equal_options(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(YAML, encoding="utf-8")
     from_yaml = TrainConfig.from_sources(file)
-    words = [*WORDS.split(), *SWITCHES, "--sample_prompts", "a dog|a red, round ball", "--model_paths", '[["a", "b"], "c"]']
+    words = [*WORDS.split(), *SWITCHES, "--sample_prompts", "a dog|a red, round ball"]
+    words += ["--model_paths", '[["a", "b"], "c"]']
     from_words = TrainConfig.from_sources(None, words)
     from_python = TrainConfig(
         lora_rank=8, learning_rate=1e-5, mixed_precision="no", cache="off", height=64, width=64,

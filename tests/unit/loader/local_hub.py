@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
             first, _, last = asked.removeprefix("bytes=").partition("-")
             start, end = int(first), int(last) + 1 if last else end
         self.send_response(206 if asked else 200)
-        self.send_header("ETag", f'"{_sha1(path)}"')
+        self.send_header("ETag", f'"{_etag(path)}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Accept-Ranges", "bytes")
         self.send_header("Content-Length", str(end - start))
@@ -145,8 +145,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
 
+def _etag(path: Path) -> str:
+    """Large files are named by the hash of their content, the others as git does."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.stat().st_size > 10_000 else _sha1(path)
+
+
 def _sha1(path: Path) -> str:
-    """As git names the file: the Hugging Face client compares it with what it has."""
     content = path.read_bytes()
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()
 

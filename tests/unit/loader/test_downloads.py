@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -155,6 +156,17 @@ def test_unreachable_hub_uses_what_is_complete(hub: Hub, source: str):
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "MODELSCOPE_ENDPOINT": "http://127.0.0.1:9"}
     assert run(hub, source, "config", "owner/Large", "*.safetensors", **nowhere) == [path.as_posix()]
     assert "owner/Other" in run(hub, source, "config", "owner/Other", "*.safetensors", **nowhere)["error"]
+
+
+def test_continued_file_with_a_wrong_beginning_is_discarded(hub: Hub):
+    large = hub.root / "owner" / "Large" / "model.safetensors"
+    etag = hashlib.sha256(large.read_bytes()).hexdigest()
+    records = hub.root.parent / "models" / "owner" / "Large" / ".cache" / "diffsynth"
+    records.mkdir(parents=True)
+    (records / f"model.safetensors.{etag[:16]}.incomplete").write_bytes(b"wrong")
+    assert "damaged" in run(hub, "huggingface", "config", "owner/Large", "*.safetensors")["error"]
+    (path,) = run(hub, "huggingface", "config", "owner/Large", "*.safetensors")
+    assert Path(path).read_bytes() == large.read_bytes()
 
 
 def test_skipping_with_missing_files_says_what_to_fetch_and_where(tmp_path: Path):

@@ -18,7 +18,7 @@ CLASS = "transformers.CLIPTokenizer"
 
 def make_tokenizer(folder: Path) -> Path:
     folder.mkdir(parents=True)
-    words = ["!", "a", "a</w>", "dog</w>", "<|startoftext|>", "<|endoftext|>"]
+    words = ["!", "a", "a</w>", "d", "o", "g</w>", "<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({word: number for number, word in enumerate(words)}), "utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", "utf-8")
     return folder
@@ -70,7 +70,7 @@ def test_explicit_folder_without_a_tokenizer_is_named(tmp_path: Path):
 
 def test_tokenizer_is_loaded_from_its_files(tmp_path: Path):
     tokenizer = load_tokenizer(CLASS, "tokenizer", ModelConfig(make_tokenizer(tmp_path / "t")), [], FLUX)
-    assert tokenizer("a dog").input_ids == [4, 2, 3, 5]
+    assert tokenizer("a dog").input_ids == [6, 2, 3, 4, 5, 7]
 
 
 def test_broken_tokenizer_is_named(tmp_path: Path):

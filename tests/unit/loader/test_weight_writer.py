@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,22 @@ def test_full_disk_keeps_the_old_file_and_leaves_no_part(tmp_path: Path, monkeyp
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_write_that_fails_half_way_leaves_no_part(tmp_path: Path):
+    resource = pytest.importorskip("resource")
+    path = save_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(3)})
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match="cannot save"):
+            save_safetensors(path, {"a": torch.ones(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.safetensors"]
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(UserError, match="cannot save"):
