@@ -1,4 +1,4 @@
-"""The floor: bare torch and peft on the diffusers transformer; precomputed inputs, forward, backward, AdamW, no more."""
+"""The floor: bare torch and peft on the diffusers transformer; precomputed inputs, forward, backward, AdamW."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ def blocks(*languages: str) -> list[Block]:
     found = []
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        found += [Block(page, fence[1], fence[2], text.count("\n", 0, fence.start()) + 1) for fence in FENCE.finditer(text)]
+        for fence in FENCE.finditer(text):
+            found.append(Block(page, fence[1], fence[2], text.count("\n", 0, fence.start()) + 1))
     return [block for block in found if block.language in languages]
 
 
@@ -81,13 +82,14 @@ def options_of_script(path: Path) -> type[Options]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return next(value for value in vars(module).values()
-                if isinstance(value, type) and issubclass(value, TextToImageOptions) and value is not TextToImageOptions)
+    classes = [value for value in vars(module).values() if isinstance(value, type)]
+    return next(cls for cls in classes if issubclass(cls, TextToImageOptions) and cls is not TextToImageOptions)
 
 
 def spellings(options: type[Options]) -> set[str]:
-    flags = {f"--{option_name(name, field)}" for name, field in options.model_fields.items() if not is_positional(field)}
-    switches = {f"--no-{name}" for name, field in options.model_fields.items() if field.annotation is bool}
+    fields = options.model_fields.items()
+    flags = {f"--{option_name(name, field)}" for name, field in fields if not is_positional(field)}
+    switches = {f"--no-{name}" for name, field in fields if field.annotation is bool}
     return flags | switches | ({"--config"} if options.takes_config else set())
 
 
@@ -262,6 +264,6 @@ def test_every_option_is_in_the_docs(schema):
 
 
 def test_both_readmes_print_the_same_commands():
-    english, chinese = ([(block.language, block.text) for block in blocks("bash", "python", "yaml") if block.page == page]
-                        for page in READMES)
+    printed = blocks("bash", "python", "yaml")
+    english, chinese = ([(block.language, block.text) for block in printed if block.page == page] for page in READMES)
     assert english == chinese

@@ -20,7 +20,8 @@ from diffsynth.models.registry import FAMILY_MODULES
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "diffsynth"
 LIBRARY = sorted(PACKAGE.rglob("*.py"))
-ALL_CODE = [path for room in ("diffsynth", "examples", "tests", "benchmarks") for path in sorted((ROOT / room).rglob("*.py"))]
+ALL_CODE = [path for room in ("diffsynth", "examples", "tests", "benchmarks")
+            for path in sorted((ROOT / room).rglob("*.py"))]
 
 MAY_IMPORT = {
     "core": set(),
@@ -65,7 +66,8 @@ PAGES = {
 """Names that the pages print or users call -> the parameters that must come first, in this order."""
 
 PUBLIC_HOSTS = re.compile(
-    r"(www\.)?(apache\.org|arxiv\.org|github\.com|git-lfs\.github\.com|huggingface\.co|modelscope\.cn|git-lfs)$")
+    r"(www\.)?(apache\.org|arxiv\.org|github\.com|git-lfs\.github\.com|huggingface\.co|modelscope\.cn)|"
+    r"127\.0\.0\.1|localhost|git-lfs")
 """Public hosts that texts may name; a host of one workplace may not stand in the repository."""
 MACHINE_PATH = re.compile(r"(?<![\w.])/(work|home|root|mnt|Users)/\w+")
 PRIVATE_INDEX = re.compile(r"--(extra-)?index-url|--find-links|--trusted-host")
@@ -156,7 +158,14 @@ def names_a_family(text: str, families: list[str]) -> bool:
 
 
 def docstrings(tree: ast.Module) -> set[int]:
-    return {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    return {id(node.value) for node in ast.walk(tree)
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+
+
+def texts_in(tree: ast.AST) -> Iterator[tuple[ast.Constant, str]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node, node.value
 
 
 def identifiers(tree: ast.Module) -> Iterator[tuple[ast.AST, str]]:
@@ -173,10 +182,9 @@ def family_mentions(path: Path) -> Iterator[str]:
     for node, identifier in identifiers(tree):
         if names_a_family(identifier, families):
             yield f"{place(path, node)}: {identifier}"
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
-            if not re.search(r"\s", node.value) and names_a_family(node.value, families):
-                yield f"{place(path, node)}: {node.value!r}"
+    for node, text in texts_in(tree):
+        if id(node) not in prose and not re.search(r"\s", text) and names_a_family(text, families):
+            yield f"{place(path, node)}: {text!r}"
 
 
 def test_no_family_is_named_outside_its_own_files():
@@ -196,7 +204,7 @@ def test_models_do_not_branch_on_a_family():
         for node in ast.walk(tree_of(path)):
             compared = [node.left, *node.comparators] if isinstance(node, ast.Compare) else (
                 [node.value] if isinstance(node, ast.MatchValue) else [])
-            texts = [c.value for part in compared for c in ast.walk(part) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
+            texts = [text for part in compared for _, text in texts_in(part)]
             wrong += [f"{place(path, node)}: {text!r}" for text in texts if names_a_family(text, list(FAMILY_MODULES))]
     assert not wrong, "\n".join(wrong)
 
@@ -214,8 +222,9 @@ def test_families_do_not_import_each_other():
 
 
 def test_the_library_does_not_print():
+    banned = ("print", "input", "breakpoint")
     wrong = [place(path, node) for path in LIBRARY for node in ast.walk(tree_of(path))
-             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("print", "input", "breakpoint")]
+             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in banned]
     assert not wrong, "\n".join(wrong)
 
 
@@ -229,12 +238,15 @@ def test_no_exception_is_swallowed():
     for path in LIBRARY:
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.ExceptHandler):
-                does_nothing = all(isinstance(s, ast.Pass | ast.Continue | ast.Break)
-                                   or (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant)) for s in node.body)
+                does_nothing = all(
+                    isinstance(statement, ast.Pass | ast.Continue | ast.Break)
+                    or (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+                    for statement in node.body
+                )
                 raises = any(isinstance(inner, ast.Raise) for inner in ast.walk(node))
                 if does_nothing or (is_broad(node.type) and not raises):
                     wrong.append(place(path, node))
-            if isinstance(node, ast.Name | ast.Attribute) and getattr(node, "id", getattr(node, "attr", "")) == "suppress":
+            if "suppress" in (getattr(node, "id", None), getattr(node, "attr", None)):
                 wrong.append(place(path, node))
     assert not wrong, "\n".join(wrong)
 
@@ -244,8 +256,10 @@ def test_nothing_is_declared_twice_in_a_class():
     for path in LIBRARY:
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.ClassDef):
-                names = [s.target.id for s in node.body if isinstance(s, ast.AnnAssign) and isinstance(s.target, ast.Name)]
-                wrong += [f"{place(path, node)}: {node.name}.{name}" for name in sorted({n for n in names if names.count(n) > 1})]
+                fields = [statement.target.id for statement in node.body
+                          if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)]
+                twice = sorted({name for name in fields if fields.count(name) > 1})
+                wrong += [f"{place(path, node)}: {node.name}.{name}" for name in twice]
     assert not wrong, "\n".join(wrong)
 
 
@@ -296,7 +310,8 @@ def test_the_loop_stays_a_loop():
 
 def tracked_texts() -> Iterator[tuple[Path, str]]:
     """Every text file that is, or would be, in the repository."""
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard", "-z"], capture_output=True, cwd=ROOT, check=True)
+    command = ["git", "ls-files", "-co", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, capture_output=True, cwd=ROOT, check=True)
     for name in listed.stdout.decode().split("\0"):
         path = ROOT / name
         if not name or not path.is_file() or path.stat().st_size > 2_000_000:
@@ -311,7 +326,7 @@ def test_nothing_of_one_machine_is_in_the_repository():
     for path, text in tracked_texts():
         for number, line in enumerate(text.splitlines(), 1):
             hosts = re.findall(r"https?://([\w.-]+)", line)
-            found = [host for host in hosts if not PUBLIC_HOSTS.fullmatch(host) and host not in ("127.0.0.1", "localhost")]
+            found = [host for host in hosts if not PUBLIC_HOSTS.fullmatch(host)]
             found += [m.group() for m in MACHINE_PATH.finditer(line)]
             if path.suffix in (".lock", ".txt", ".toml", "") and path.name != "LICENSE":
                 found += [m.group() for m in PRIVATE_INDEX.finditer(line)]

@@ -151,7 +151,8 @@ class ModelLogger:
         from ..adapters.lora import save_lora
 
         files = [path for name in model.lora_models for path in model.pipe.component_paths.get(name, ())]
-        save_lora(path, model.export_lora(), model.pipe.family(), self._format(), base=", ".join(file.name for file in files),
+        base = ", ".join(file.name for file in files)
+        save_lora(path, model.export_lora(), model.pipe.family(), self._format(), base=base,
                   options=model.lora_options)
         return path
 

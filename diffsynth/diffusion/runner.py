@@ -101,6 +101,8 @@ class _Task:
     ) -> None:
         self.accelerator, self.model, self.files, self.config = accelerator, model, model_logger, config
         self.is_main = accelerator.is_main_process
+        self.parameters = model.trainable_parameters()
+        optimizer = build_optimizer(self.parameters.values(), config)
         self.previews = self._prepare_previews()
         dataset = self._cache(dataset)
         self.items = RequestedItems(dataset, config.seed, config.caption_dropout)
@@ -113,8 +115,6 @@ class _Task:
         self.total_steps = self.plan.steps_per_epoch * config.num_epochs
         if config.max_steps:
             self.total_steps = min(self.total_steps, config.max_steps)
-        self.parameters = model.trainable_parameters()
-        optimizer = build_optimizer(self.parameters.values(), config)
         self.lr_scheduler = build_lr_scheduler(optimizer, config, self.total_steps)
         self.network, self.optimizer = accelerator.prepare(model, optimizer)
         self.progress = Progress()

@@ -19,7 +19,7 @@ from pydantic import Field
 from ..config import TrainConfig
 from ..core.command_line import run_front_door
 from ..core.errors import UserError
-from ..core.options import CommaText, Options
+from ..core.options import CommaText, Options, describe_type, union_members
 from .run import (
     build_accelerator,
     build_dataset,
@@ -213,15 +213,16 @@ def _train(
 
 def add_general_parsers(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Give a script's own parser the general options of the older page; values are checked when training starts."""
-    from ..core.options import describe_type
-
     group = parser.add_argument_group(TextToImageOptions.title)
     for name, field in TextToImageOptions.model_fields.items():
-        shown = f"{field.description} ({describe_type(field)}; default: {field.get_default()})".replace("%", "%%")
+        default = "required" if field.is_required() else f"default: {field.get_default()}"
+        shown = f"{field.description} ({describe_type(field)}; {default})".replace("%", "%%")
         if field.annotation is bool:
             group.add_argument(f"--{name}", action="store_true", help=shown)
         else:
-            group.add_argument(f"--{name}", default=field.get_default(), required=field.is_required(), help=shown)
+            kind = next((kind for kind in union_members(field.annotation) if kind in (int, float)), str)
+            default_value = None if field.is_required() else field.get_default()
+            group.add_argument(f"--{name}", type=kind, default=default_value, required=field.is_required(), help=shown)
     return parser
 
 

@@ -95,3 +95,44 @@ def test_help_is_complete(workplace):
         "--random_flip", "--batch_size", "--dataloader_num_workers", "--lora_target_modules", "--quantize"}:
         assert option in shown
     assert "examples/train/flux/train_flux_lora.py" in shown
+
+
+OWN_SCRIPT = """
+import argparse
+import torch
+from diffsynth import FluxImagePipeline
+from diffsynth.diffusion.loss import FlowMatchSFTLoss
+from diffsynth.diffusion.training_module import DiffusionTrainingModule
+from diffsynth.trainers.text_to_image import add_general_parsers, launch_training_task
+
+
+class Module(DiffusionTrainingModule):
+    def __init__(self, paths, lora_rank):
+        super().__init__()
+        self.pipe = FluxImagePipeline.from_pretrained(torch.float32, "cpu", paths)
+        self.switch_pipe_to_training_mode(
+            self.pipe, lora_base_model="dit", lora_target_modules="to_q", lora_rank=lora_rank)
+
+    def forward(self, data):
+        shared = {"input_image": data["image"], "height": 32, "width": 32, "cfg_scale": 1, "max_sequence_length": 16}
+        shared, posi, _ = self.pipe.run_units(shared, {"prompt": data["prompt"]}, {"negative_prompt": ""})
+        return FlowMatchSFTLoss(self.pipe, **shared, **posi)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--paths", nargs="+")
+    args = add_general_parsers(parser).parse_args()
+    launch_training_task(Module(args.paths, args.lora_rank), args)
+"""
+
+
+def test_script_of_ones_own_over_the_older_functions(workplace):
+    (workplace.folder / "own.py").write_text(OWN_SCRIPT, encoding="utf-8")
+    folder = "models/FLUX/FLUX.1-dev"
+    workplace.python(
+        "own.py", "--paths", f"{folder}/flux1-dev.safetensors", f"{folder}/ae.safetensors", f"{folder}/text_encoder",
+        f"{folder}/text_encoder_2", "--dataset_path", "data/dog", "--output_path", "own", "--steps_per_epoch", "3",
+        "--height", "32", "--width", "32", "--precision", "32", "--lora_rank", "2", "--accumulate_grad_batches", "2")
+    checkpoints = workplace.folder / "own/lightning_logs/version_0/checkpoints"
+    assert [path.name for path in checkpoints.iterdir()] == ["epoch=0-step=3.ckpt"]
