@@ -43,8 +43,15 @@ class CachePlan:
 
     store: CacheStore
     jobs: list[CacheJob]
-    missing: list[CacheJob]
-    """Jobs of which an entry is not in the store; entries that several jobs share are asked of the first alone."""
+    owners: list[tuple[CacheJob, frozenset[str]]]
+    """Jobs with the entries that each of them has to provide; one that several jobs share belongs to the first. The
+    list depends on the data set alone, so that every process comes to the same shares whatever the others have
+    written meanwhile."""
+
+    def missing(self, rank: int = 0, num_processes: int = 1) -> list[CacheJob]:
+        """Jobs in this process's share of which an entry is not in the store yet."""
+        share = self.owners[rank::num_processes]
+        return [job for job, keys in share if not all(self.store.has(key) for key in keys)]
 
 
 class CachedDataset:
@@ -85,13 +92,12 @@ def plan_cache(module: PipelineTrainingModule, dataset: UnifiedDataset, folder: 
     store = CacheStore(folder)
     jobs = list(_jobs(module, dataset))
     claimed: set[str] = set()
-    missing: list[CacheJob] = []
+    owners: list[tuple[CacheJob, frozenset[str]]] = []
     for job in jobs:
-        wanted = {key for key in job.keys if key not in claimed and not store.has(key)}
-        claimed |= wanted
-        if wanted:
-            missing.append(job)
-    return CachePlan(store, jobs, missing)
+        if own := frozenset(job.keys) - claimed:
+            claimed |= own
+            owners.append((job, own))
+    return CachePlan(store, jobs, owners)
 
 
 def _jobs(module: PipelineTrainingModule, dataset: UnifiedDataset) -> Iterator[CacheJob]:

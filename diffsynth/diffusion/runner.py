@@ -214,16 +214,15 @@ def fill_cache(accelerator: Accelerator, dataset: Any, model: Any, config: Train
         raise UserError(f"--task {config.task} works on the cache of encoded data; leave --cache at auto.")
     folder = Path(config.cache_path) if config.cache_path else model_base_path() / "cache"
     plan = plan_cache(model, dataset, folder)
-    if plan.missing and config.task == "sft:train":
-        raise UserError(f"the cache {folder} lacks {len(plan.missing)} of {len(plan.jobs)} items; fill it first with "
+    if config.task == "sft:train" and (missing := plan.missing()):
+        raise UserError(f"the cache {folder} lacks {len(missing)} of {len(plan.jobs)} items; fill it first with "
                         "the same options and --task sft:data_process.")
-    share = plan.missing[accelerator.process_index :: accelerator.num_processes]
-    if share:
+    if share := plan.missing(accelerator.process_index, accelerator.num_processes):
         with _progress_bar(accelerator.is_main_process) as bar:
             for job in _track(bar, share):
                 encode_job(model, dataset, plan.store, job)
     accelerator.wait_for_everyone()
-    logger.info("cache %s: %d of %d items had to be encoded", folder, len(plan.missing), len(plan.jobs))
+    logger.info("cache %s: %d of %d items had to be encoded by this process", folder, len(share), len(plan.jobs))
     return CachedDataset(dataset, plan)
 
 
