@@ -26,7 +26,8 @@ def save_tokenizers(folder: Path, max_length: int = 512) -> tuple[int, int]:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(SENTENCES, trainers.BpeTrainer(
         vocab_size=600, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
+    learned = json.loads(bpe.to_str())["model"]["merges"]
+    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in learned]
     vocab: dict[str, int] = {}
     for token in [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]:
         vocab.setdefault(token, len(vocab))
@@ -93,8 +94,8 @@ def save_original_layout(pipe, folder: Path, *, shard_t5: bool = True) -> Path:
         layout = next(layout for layout in spec.layouts if layout.name == "original")
         ours = {key: tensor.contiguous() for key, tensor in module.state_dict().items()}
         key_map = layout.key_map(dict(module.config))
-        original = key_map.to_original(ours)
-        save_file({key: tensor.contiguous().clone() for key, tensor in original.items()}, folder / f"{name}.safetensors")
+        original = {key: tensor.contiguous().clone() for key, tensor in key_map.to_original(ours).items()}
+        save_file(original, folder / f"{name}.safetensors")
     pipe.text_encoder.save_pretrained(folder / "text_encoder")
     size = sum(p.numel() * p.element_size() for p in pipe.text_encoder_2.parameters())
     pipe.text_encoder_2.save_pretrained(folder / "text_encoder_2", max_shard_size=size * 2 // 3 if shard_t5 else "5GB")

@@ -27,7 +27,8 @@ def make_config(output_path: Path, **options: Any) -> TrainConfig:
 
 
 def make_module(flux_folder: Path, config: TrainConfig) -> PipelineTrainingModule:
-    pipe = FluxImagePipeline.from_pretrained(torch.float32, "cpu", model_files(flux_folder))
+    deferred = [component.name for component in FluxImagePipeline.family().components]
+    pipe = FluxImagePipeline.from_pretrained(torch.float32, "cpu", model_files(flux_folder), deferred=deferred)
     return PipelineTrainingModule(pipe, config)
 
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..core.errors import UserError
-from ..core.loader.reader import WeightReader
-from ..core.loader.writer import save_safetensors
+from ..core.loader import WeightReader, save_safetensors, save_torch_file
 from ..models.spec import ModelFamily
 from .formats import file_metadata, from_tensors, resolve_format, to_tensors
 from .state import LoraState, same_change
@@ -48,7 +44,7 @@ def save_lora(
     is_pickle = path.suffix in (".ckpt", ".pt", ".pth", ".bin")
     tensors = to_tensors(states, family, fmt, fold=is_pickle and fmt == "diffusers")
     if is_pickle:
-        _save_pickle(path, tensors)
+        save_torch_file(path, tensors)
     else:
         save_safetensors(path, tensors, file_metadata(states, tensors, family, fmt, base, options))
     _check_written(path, states, family)
@@ -86,20 +82,3 @@ def _check_written(path: Path, states: Mapping[str, LoraState], family: ModelFam
             if layer.up.any() and (name not in read or not same_change(layer, read[name])):
                 path.unlink()
                 raise RuntimeError(f"{path}: layer {name!r} of {component} reads back differently; it was removed.")
-
-
-def _save_pickle(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write a pickled state dict beside its place, then move it there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            torch.save(tensors, file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except (OSError, RuntimeError) as error:
-        # torch's zip writer turns a full disk into a RuntimeError
-        raise UserError(f"cannot write {path}: {error}; free some space and resume.") from error
-    finally:
-        beside.unlink(missing_ok=True)

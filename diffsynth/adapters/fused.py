@@ -61,6 +61,8 @@ def fused_fingerprint(module: torch.nn.Module | None) -> str:
         digest.update(repr(strength).encode())
         for name, layer in sorted(state.layers.items()):
             digest.update(f"{name}{layer.scale}".encode())
+            if layer.dora_scale is not None:
+                digest.update(layer.dora_scale.float().cpu().numpy().tobytes())
             digest.update(layer.down.float().cpu().numpy().tobytes() + layer.up.float().cpu().numpy().tobytes())
     return digest.hexdigest()
 

@@ -30,6 +30,10 @@ def run_front_door(command: Callable[[], object]) -> NoReturn:
     except RunStopped as error:
         sys.stderr.write(f"stopped: {' '.join(str(error).split())}\n")
         sys.exit(3)
+    except BrokenPipeError:
+        # the reader of our output has left, as in ``diffsynth train --help | head``
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         sys.exit(130)

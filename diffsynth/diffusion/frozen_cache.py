@@ -137,6 +137,7 @@ def _unit_fingerprint(module: PipelineTrainingModule, unit: PipelineUnit) -> str
     parts += [f"{name}={constants[name]}" for name in unit.inputs if name in constants]
     for name in unit.models:
         parts.append(pipe.component_fingerprints[name])
+        parts.append(name in module.fp8_models)
         # a LoRA fused into an encoder changes its outputs, but not its files
         parts.append(fused_fingerprint(getattr(pipe, name)))
     if unit.prompt_inputs:

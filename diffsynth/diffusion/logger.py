@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..core.errors import UserError
-from ..core.loader.writer import save_safetensors
+from ..core.loader import save_safetensors, save_torch_file
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
     from .training_module import DiffusionTrainingModule
 
 logger = logging.getLogger(__name__)
+
+FLUSH_EVERY_S = 5.0
+"""How long metrics may wait for a few more before they are written."""
 
 
 class ModelLogger:
@@ -52,6 +54,7 @@ class ModelLogger:
         self._tensorboard: Any = None
         self._saved: list[Path] = []
         self._pending: list[dict[str, Any]] = []
+        self._flushed_at = time.monotonic()
 
     @property
     def metrics_path(self) -> Path:
@@ -61,6 +64,8 @@ class ModelLogger:
         """Make the folder, write the resolved configuration, and forget metrics of steps that will be done again."""
         self.output_path.mkdir(parents=True, exist_ok=True)
         (self.output_path / "config.yaml").write_text(config.resolved_yaml(), encoding="utf-8")
+        # files of the run that is continued count among those to keep
+        self._saved = sorted(self._weight_files(), key=lambda path: path.stat().st_mtime_ns) if first_step else []
         kept = [row for row in self.read_metrics() if row["step"] <= first_step] if first_step else []
         partial = self.metrics_path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -72,9 +77,15 @@ class ModelLogger:
                 raise UserError("logger tensorboard needs the package tensorboard; pip install tensorboard.") from error
             self._tensorboard = SummaryWriter(str(self.output_path / "tensorboard"), purge_step=first_step or None)
 
+    def _weight_files(self) -> list[Path]:
+        patterns = ("step-*.safetensors", "epoch-*.safetensors", "checkpoints/epoch=*.ckpt")
+        return [path for pattern in patterns for path in self.output_path.glob(pattern)]
+
     def log(self, row: dict[str, Any]) -> None:
-        """Keep one row of metrics; ``flush`` writes it."""
+        """Take one row of metrics; it is in the file within a few seconds, or after ``flush``."""
         self._pending.append(row)
+        if time.monotonic() - self._flushed_at > FLUSH_EVERY_S:
+            self.flush()
 
     def flush(self) -> None:
         """Append the kept rows to ``metrics.jsonl``."""
@@ -90,6 +101,7 @@ class ModelLogger:
                     self._tensorboard.add_scalar(name, row[name], row["step"])
             self._tensorboard.flush()
         self._pending.clear()
+        self._flushed_at = time.monotonic()
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Rows of ``metrics.jsonl``; a last line that a crash cut short is left out."""
@@ -172,11 +184,7 @@ class ModelLogger:
         metadata = {"format": "pt"}
         if len(model.full_models) == 1 and config is not None:
             metadata["config"] = json.dumps(dict(config) if not hasattr(config, "to_dict") else config.to_dict())
-        if path.suffix == ".ckpt":
-            _save_pickle(path, named)
-        else:
-            save_safetensors(path, named, metadata)
-        return path
+        return save_torch_file(path, named) if path.suffix == ".ckpt" else save_safetensors(path, named, metadata)
 
     def draw_curve(self) -> Path | None:
         """Draw ``loss_curve.png`` from the metrics; None when there are none."""
@@ -214,10 +222,3 @@ def _smooth(values: list[float], decay: float = 0.95) -> list[float]:
         mean = decay * mean + (1 - decay) * value
         smoothed.append(mean / (1 - decay**count))
     return smoothed
-
-
-def _save_pickle(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """A torch file for programs of the older generation, written beside and renamed."""
-    partial = path.with_name(f".{path.name}.partial")
-    torch.save(tensors, partial)
-    partial.replace(path)

@@ -167,7 +167,7 @@ class _Task:
                 self.files.start(self.config, self.progress.step)
                 stack.callback(self.files.close)
             if self.previews and self.progress.step == 0:
-                self._draw_previews()
+                self.draw_previews()
             bar = stack.enter_context(_progress_bar(self.is_main))
             bar_task = bar.add_task("training", total=self.total_steps, completed=self.progress.step, loss="")
             train(self, lambda loss: bar.update(bar_task, completed=self.progress.step, loss=f"loss {loss:.4f}"))
@@ -189,7 +189,7 @@ class _Task:
             self.files.draw_curve()
         self.accelerator.wait_for_everyone()
 
-    def _draw_previews(self) -> None:
+    def draw_previews(self) -> None:
         if self.previews:
             with self.accelerator.autocast():
                 self.previews.draw(self.progress.step)
@@ -252,15 +252,17 @@ def train(task: _Task, report: Any) -> None:
             if ended:
                 progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
             finished = progress.step == task.total_steps
-            if config.save_steps is None:
-                if ended or finished:
-                    task.save(epoch_that_ended)
-            elif progress.step % config.save_steps == 0 or finished:
-                task.save(None)
-            if progress.step % (config.sample_every or task.total_steps) == 0 or finished:
-                task._draw_previews()
+            saves = _is_due(progress.step, config.save_steps) if config.save_steps else ended
+            if saves or finished:
+                task.save(epoch_that_ended if config.save_steps is None else None)
+            if (_is_due(progress.step, config.sample_every) if config.sample_every else saves) or finished:
+                task.draw_previews()
             if finished:
                 return
+
+
+def _is_due(step: int, every: int) -> bool:
+    return step % every == 0
 
 
 def accumulate_gradients(task: _Task, micro_batches: list[MicroBatch]) -> torch.Tensor:

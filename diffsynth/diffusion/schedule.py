@@ -46,15 +46,6 @@ def shift_sigmas(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-def linear_mu(sequence_length: int) -> float:
-    """Resolution-dependent shift exponent ``mu`` of FLUX: 0.5 at 256 tokens, 1.15 at 4096, linear between and beyond.
-
-    Source: black-forest-labs/flux ``get_lin_function`` and the scheduler configuration published with FLUX.1-dev.
-    """
-    slope = (1.15 - 0.5) / (4096 - 256)
-    return sequence_length * slope + (0.5 - slope * 256)
-
-
 @dataclass(frozen=True, kw_only=True)
 class TimestepSampling:
     """Which noise levels training visits, and how much each counts."""

@@ -66,35 +66,45 @@ class DiffusionTrainingModule(torch.nn.Module):
             UserError: a component or a layer does not exist, or nothing would be trained.
         """
         from ..adapters.lora import inject_lora, load_lora_file, load_lora_weights
-        from ..core.memory import store_in_fp8
 
-        self.lora_models: list[str] = []
-        pipe.requires_grad_(False).train(False)
-        if preset_lora_path:
-            pipe.load_lora(self._component(pipe, preset_lora_model or lora_base_model or "dit"), preset_lora_path)
         full = _names(trainable_models)
-        for name in full:
-            self._component(pipe, name).to(torch.float32).requires_grad_(True).train()
-        for name in fp8_models:
-            if name in full:
-                raise UserError(f"fp8_models names {name!r}, which is trained fully; float8 weights cannot be updated.")
-            store_in_fp8(self._component(pipe, name))
-        if lora_base_model:
-            network = self._component(pipe, lora_base_model)
-            targets = lora_target_modules or ",".join(pipe.family().default_lora_targets)
-            inject_lora(network, pipe.family(), targets, lora_rank, lora_alpha, rslora=lora_rslora, dora=lora_dora,
-                        dtype=lora_dtype, seed=seed)
-            network.train()
-            self.lora_options = {"lora_target_modules": targets, "lora_rslora": lora_rslora, "lora_dora": lora_dora}
-            self.lora_models.append(lora_base_model)
-            if lora_checkpoint:
-                load_lora_weights(network, load_lora_file(lora_checkpoint, pipe.family()), lora_base_model)
-        elif lora_checkpoint:
-            raise UserError("lora_checkpoint was given without lora_base_model; say which model it belongs to.")
-        self.full_models = full
         if not full and not lora_base_model:
             raise UserError("nothing would be trained; set --trainable_models, or --lora_base_model with "
                             "--lora_target_modules.")
+        if lora_checkpoint and not lora_base_model:
+            raise UserError("lora_checkpoint was given without lora_base_model; say which model it belongs to.")
+        if both := sorted(set(full) & set(fp8_models)):
+            raise UserError(f"fp8_models names {both[0]!r}, which is trained fully; float8 weights cannot be updated.")
+        self.full_models, self.lora_models = full, _names(lora_base_model)
+        pipe.requires_grad_(False).train(False)
+        self.prepare_frozen_models(pipe, preset_lora_path, preset_lora_model or lora_base_model, fp8_models)
+        for name in full:
+            self._component(pipe, name).to(torch.float32).requires_grad_(True).train()
+        if lora_base_model:
+            network = self._component(pipe, lora_base_model)
+            inject_lora(network, pipe.family(), lora_target_modules, lora_rank, lora_alpha, rslora=lora_rslora,
+                        dora=lora_dora, dtype=lora_dtype, seed=seed)
+            network.train()
+            self.lora_options = {
+                "lora_target_modules": lora_target_modules, "lora_rslora": lora_rslora, "lora_dora": lora_dora,
+            }
+            if lora_checkpoint:
+                load_lora_weights(network, load_lora_file(lora_checkpoint, pipe.family()), lora_base_model)
+
+    def prepare_frozen_models(
+        self, pipe: BasePipeline, preset_lora_path: str | None, preset_lora_model: str | None,
+        fp8_models: Sequence[str], leave_out: Sequence[str] = (),
+    ) -> None:
+        """Merge the preset LoRA and store weights in float8, except in the models to be left out."""
+        from ..core.memory import store_in_fp8
+
+        self.fp8_models = list(fp8_models)
+        preset_model = preset_lora_model or pipe.denoiser_models[0]
+        if preset_lora_path and preset_model not in leave_out:
+            pipe.load_lora(self._component(pipe, preset_model), preset_lora_path)
+        for name in fp8_models:
+            if name not in leave_out:
+                store_in_fp8(self._component(pipe, name))
 
     @staticmethod
     def _component(pipe: BasePipeline, name: str) -> torch.nn.Module:
@@ -146,19 +156,25 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         self.config = config
         self.extra_inputs = _names(config.extra_inputs)
         if config.task == "sft:data_process":
-            # the cache needs to know what would be trained, not to load it
+            # the cache needs to know what would be trained, and the encoders as training uses them; not the denoiser
             self.full_models, self.lora_models = _names(config.trainable_models), _names(config.lora_base_model)
+            preset_model = config.preset_lora_model or config.lora_base_model
+            self.prepare_frozen_models(pipe, config.preset_lora_path, preset_model, self._fp8_names(),
+                                       leave_out=pipe.denoiser_models)
         else:
             self._switch_to_training_mode()
         self.prefix: FrozenPrefix = frozen_prefix(pipe.units, self.trainable_models(), pipe.denoiser_models)
         self.prefix_cached = False
+
+    def _fp8_names(self) -> list[str]:
+        return [str(name) for name in self.config.fp8_models]
 
     def _switch_to_training_mode(self) -> None:
         pipe, config = self.pipe, self.config
         self.switch_pipe_to_training_mode(
             pipe, config.trainable_models, config.lora_base_model, config.lora_target_modules, config.lora_rank,
             config.lora_alpha, config.lora_checkpoint, config.preset_lora_path, config.preset_lora_model,
-            [str(name) for name in config.fp8_models], config.lora_rslora, config.lora_dora,
+            self._fp8_names(), config.lora_rslora, config.lora_dora,
             getattr(torch, config.lora_dtype), config.seed,
         )
 

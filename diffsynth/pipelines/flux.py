@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ..core.errors import UserError
 from ..core.gradient import set_gradient_checkpointing
 from ..diffusion.base_pipeline import BasePipeline, images_from_pixels
-from ..diffusion.schedule import add_noise, linear_mu
+from ..diffusion.schedule import add_noise
 from ..diffusion.unit import Inputs, PipelineUnit
 from ..diffusion.units import EncodeInputImage, InitialNoise, ShapeCheck
 from ..models.autoencoder_kl import FLUX_VAE
@@ -87,6 +87,15 @@ def image_token_ids(latent_height: int, latent_width: int) -> torch.Tensor:
     """Positions (0, row, column) of the image tokens, (h/2 * w/2, 3)."""
     rows, columns = torch.meshgrid(torch.arange(latent_height // 2), torch.arange(latent_width // 2), indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).reshape(-1, 3)
+
+
+def linear_mu(sequence_length: int) -> float:
+    """Resolution-dependent shift exponent ``mu`` of FLUX: 0.5 at 256 tokens, 1.15 at 4096, linear between and beyond.
+
+    Source: black-forest-labs/flux ``get_lin_function`` and the scheduler configuration published with FLUX.1-dev.
+    """
+    slope = (1.15 - 0.5) / (4096 - 256)
+    return sequence_length * slope + (0.5 - slope * 256)
 
 
 def model_fn_flux(

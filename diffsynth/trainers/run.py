@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import TrainConfig
 from ..core.errors import UserError
+from ..core.startup import collector_paused
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -41,6 +42,7 @@ def train(config: TrainConfig) -> None:
     launch(config, accelerator, dataset, model)
 
 
+@collector_paused(freeze=True)
 def check_run(config: TrainConfig) -> tuple[ModelFamily, list[ModelConfig], UnifiedDataset]:
     """Check everything that can be checked without loading a model.
 
@@ -239,6 +241,7 @@ def division_factors(family: ModelFamily, components: Sequence[Mapping[str, Any]
     return pipe.height_division_factor, pipe.width_division_factor
 
 
+@collector_paused()
 def build_model(
     config: TrainConfig, family: ModelFamily, configs: Sequence[ModelConfig], device: Any
 ) -> PipelineTrainingModule:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -86,39 +87,53 @@ class Crops(torch.utils.data.Dataset):
         return (picture.flip(2) if rng.random() < 0.5 else picture).float() / 127.5 - 1
 
 
-def make_pictures(count: int, seed: int) -> torch.Tensor:
+def make_pictures(count: int, seed: int, nested: bool = False) -> torch.Tensor:
     """Half clutter, half scenes, as (count, 3, 64, 64) uint8."""
-    pictures = [draw_clutter(i, seed) if i % 2 else example(i, seed)[0] for i in range(count)]
+    pictures = [draw_clutter(i, seed, nested) if i % 2 else example(i, seed)[0] for i in range(count)]
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2).contiguous()
 
 
 def train_autoencoder(folder: Path, steps: int, seed: int) -> torch.nn.Module:
-    """Train on crops, then for two fifths of the steps on whole pictures; eval mode, latents of FLUX's scale."""
-    import accelerate
-
+    """Train on crops, then on whole pictures, then the decoder alone on finer ones; eval mode, latents of FLUX's scale."""
     torch.manual_seed(seed)
     module = AutoencoderTraining(build_autoencoder())
     pictures = make_pictures(8000, seed)
-    parts = (("crops", SIZE // 2, 16, "constant_with_warmup", 1.5e-3), ("whole", SIZE, 4, "cosine", 7e-4))
-    for (name, side, batch_size, schedule, learning_rate), share in zip(parts, (0.6, 0.4), strict=True):
-        part_steps = round(steps * share)
-        launch_training_task(
-            accelerate.Accelerator(mixed_precision="bf16", cpu=True),
-            Crops(pictures, side, part_steps * batch_size, seed),
-            module,
-            ModelLogger(folder / name),
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            lr_scheduler=schedule,
-            lr_warmup_steps=100,
-            optimizer_args={"betas": [0.9, 0.99]},
-            save_steps=1000,
-            keep_checkpoints=1,
-            seed=seed,
-        )
+    train_part(module, folder / "crops", pictures, SIZE // 2, 16, round(0.5 * steps), seed,
+               lr_scheduler="constant_with_warmup", learning_rate=1.5e-3)  # fmt: skip
+    train_part(module, folder / "whole", pictures, SIZE, 4, round(0.2 * steps), seed,
+               lr_scheduler="cosine", learning_rate=7e-4)  # fmt: skip
+    train_decoder(module, folder / "decoder", round(0.3 * steps), seed)
     autoencoder = module.pipe.vae.eval().requires_grad_(False)
     fold_latent_scale(autoencoder, make_pictures(512, seed + 1))
     return autoencoder
+
+
+def train_decoder(module: AutoencoderTraining, folder: Path, steps: int, seed: int) -> None:
+    """Train the decoder alone, so that the latents stay what they are."""
+    module.pipe.vae.encoder.requires_grad_(False)
+    train_part(module, folder, make_pictures(8000, seed + 2, nested=True), SIZE, 4, steps, seed,
+               lr_scheduler="cosine", learning_rate=1e-3)  # fmt: skip
+
+
+def train_part(
+    module: AutoencoderTraining, folder: Path, pictures: torch.Tensor, side: int, batch_size: int, steps: int, seed: int,
+    **options: Any,
+) -> None:
+    """One run of the training loop on crops of one size."""
+    import accelerate
+
+    launch_training_task(
+        accelerate.Accelerator(mixed_precision="bf16", cpu=True),
+        Crops(pictures, side, steps * batch_size, seed),
+        module,
+        ModelLogger(folder, keep_checkpoints=1),
+        batch_size=batch_size,
+        lr_warmup_steps=100,
+        optimizer_args={"betas": [0.9, 0.99]},
+        save_steps=500,
+        seed=seed,
+        **options,
+    )
 
 
 @torch.no_grad()

@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--work_path", type=Path, default=Path("quickstart_base"), help="Folder for everything between.")
     parser.add_argument("--output_path", type=Path, default=Path(__file__).parent / "base", help="The finished model.")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--autoencoder_steps", type=int, default=6500)
+    parser.add_argument("--autoencoder_steps", type=int, default=8000)
     parser.add_argument("--pictures", type=int, default=8000)
     parser.add_argument("--steps", type=int, default=8000, help="Optimizer steps of the transformer.")
     parser.add_argument("--resume", default="auto", help="never, auto, or a state folder of the transformer's run.")

@@ -144,8 +144,14 @@ def scaled(*values: float) -> list[float]:
     return [value * SUPERSAMPLING for value in values]
 
 
-def draw_clutter(index: int, seed: int = 0) -> Image.Image:
-    """A picture of random discs, boxes, polygons and lines, which teaches the autoencoder every edge and colour."""
+def draw_clutter(index: int, seed: int = 0, nested: bool = False) -> Image.Image:
+    """A picture of random discs, boxes, polygons and lines, which teaches the autoencoder every edge and colour.
+
+    Args:
+        index: Number of the picture.
+        seed: Another seed, other pictures.
+        nested: Draw small rings and bars on top, for fine detail.
+    """
     rng = random.Random(f"clutter {seed} {index}")
     image = Image.new("RGB", (SIZE * SUPERSAMPLING,) * 2, _any_colour(rng))
     pen = ImageDraw.Draw(image)
@@ -167,7 +173,21 @@ def draw_clutter(index: int, seed: int = 0) -> Image.Image:
             pen.polygon(scaled(*(value for corner in corners for value in corner)), fill=colour)
         else:
             draw_shape(pen, kind, x, y, radius, colour)
+    if nested:
+        _draw_details(pen, rng)
     return image.resize((SIZE, SIZE), Image.Resampling.BOX)
+
+
+def _draw_details(pen: ImageDraw.ImageDraw, rng: random.Random) -> None:
+    for _ in range(rng.randint(3, 9)):
+        x, y, radius = rng.uniform(4, SIZE - 4), rng.uniform(4, SIZE - 4), rng.uniform(2.5, 7)
+        if rng.random() < 0.5:
+            draw_shape(pen, "circle", x, y, radius, _any_colour(rng))
+            draw_shape(pen, "circle", x, y, radius * rng.uniform(0.35, 0.7), _any_colour(rng))
+        else:
+            half_width, half_height = rng.choice(((1.5, radius), (radius * 1.5, 2), (radius, radius)))
+            corners = scaled(x - half_width, y - half_height, x + half_width, y + half_height)
+            pen.rectangle(corners, fill=_any_colour(rng))
 
 
 def blank_picture(background: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:

@@ -53,7 +53,7 @@ def save_t5_tokenizer(folder: Path) -> None:
     T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=T5_LENGTH).save_pretrained(folder)
 
 
-def build_text_encoders(clip_tokenizer, t5_tokenizer) -> tuple[nn.Module, nn.Module]:  # noqa: ANN001
+def build_text_encoders(clip_tokenizer, t5_tokenizer) -> tuple[nn.Module, nn.Module]:
     """``CLIPTextModel`` and ``T5EncoderModel`` of two layers, with random weights."""
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -107,7 +107,7 @@ class Examiner(nn.Module):
         return total
 
 
-def train_text_encoders(clip, t5, clip_tokenizer, t5_tokenizer, steps: int, seed: int) -> list[float]:  # noqa: ANN001
+def train_text_encoders(clip, t5, clip_tokenizer, t5_tokenizer, steps: int, seed: int) -> list[float]:
     """Train both encoders on captions alone; returns the losses."""
     torch.manual_seed(seed)
     examiner = Examiner(len(t5_tokenizer))

@@ -20,11 +20,11 @@ def pipe(flux_folder):
 
 def compare(pipe, tiny_flux, **arguments):
     """Largest difference of latents, and of pictures in 0..255."""
-    theirs = {
-        name: value for name, value in arguments.items() if name not in ("cfg_scale", "embedded_guidance", "num_images", "seed")
-    }
+    ours_alone = ("cfg_scale", "embedded_guidance", "num_images", "seed")
+    theirs = {name: value for name, value in arguments.items() if name not in ours_alone}
     theirs.update(
-        generator=torch.Generator().manual_seed(arguments["seed"]), guidance_scale=arguments.get("embedded_guidance", 3.5),
+        generator=torch.Generator().manual_seed(arguments["seed"]),
+        guidance_scale=arguments.get("embedded_guidance", 3.5),
         true_cfg_scale=arguments.get("cfg_scale", 1.0), num_images_per_prompt=arguments.get("num_images", 1),
     )
     tiny_flux.set_progress_bar_config(disable=True)
@@ -46,9 +46,12 @@ def compare(pipe, tiny_flux, **arguments):
     pytest.param(dict(prompt=PROMPTS, height=64, width=64), id="three prompts of different lengths"),
     pytest.param(dict(prompt="a cat", height=64, width=96), id="landscape"),
     pytest.param(dict(prompt="a cat", height=112, width=48), id="portrait"),
-    pytest.param(dict(prompt="a dog", negative_prompt="bad quality", cfg_scale=3.0, height=64, width=64), id="true CFG"),
-    pytest.param(dict(prompt=PROMPTS[:2], negative_prompt=["toy", "doll"], cfg_scale=2.0, height=48, width=64), id="true CFG, batch"),
-    pytest.param(dict(prompt=PROMPTS[:2], num_images=2, height=48, width=48), id="two pictures for each of two prompts"),
+    pytest.param(
+        dict(prompt="a dog", negative_prompt="bad quality", cfg_scale=3.0, height=64, width=64), id="true CFG"),
+    pytest.param(
+        dict(prompt=PROMPTS[:2], negative_prompt=["toy", "doll"], cfg_scale=2.0, height=48, width=64),
+        id="true CFG, batch"),
+    pytest.param(dict(prompt=PROMPTS[:2], num_images=2, height=48, width=48), id="two pictures for each prompt"),
     pytest.param(dict(prompt="a dog", embedded_guidance=1.5, height=64, width=64), id="other guidance"),
 ])
 def test_picture_equals_that_of_diffusers(pipe, tiny_flux, arguments):
@@ -66,7 +69,8 @@ def test_schedule_equals_that_of_diffusers(pipe, tiny_flux):
 
 
 def test_without_a_seed_the_noise_is_that_of_the_global_generator(pipe):
-    arguments = dict(prompt="a dog", height=48, width=48, num_inference_steps=1, output_type="latent", progress_bar_cmd=iter)
+    arguments = dict(
+        prompt="a dog", height=48, width=48, num_inference_steps=1, output_type="latent", progress_bar_cmd=iter)
     torch.manual_seed(5)
     first = pipe(**arguments)
     torch.manual_seed(5)
@@ -77,11 +81,13 @@ def test_without_a_seed_the_noise_is_that_of_the_global_generator(pipe):
 def test_input_image_with_full_strength_is_ignored_and_with_little_is_kept(pipe):
     from tests.pictures import draw_picture
 
-    arguments = dict(prompt="a dog", height=64, width=64, num_inference_steps=4, seed=1, output_type="latent", progress_bar_cmd=iter)
+    arguments = dict(
+        prompt="a dog", height=64, width=64, num_inference_steps=4, seed=1, output_type="latent", progress_bar_cmd=iter)
     picture = draw_picture(1)
     from_noise = pipe(**arguments)
     assert torch.equal(pipe(**arguments, input_image=picture, denoising_strength=1.0), from_noise)
-    shared, _, _ = pipe.run_units(dict(input_image=[picture], height=64, width=64, batch_size=1), {"prompt": "a dog"}, {})
+    inputs = dict(input_image=[picture], height=64, width=64, batch_size=1)
+    shared, _, _ = pipe.run_units(inputs, {"prompt": "a dog"}, {})
     little = pipe(**arguments, input_image=picture, denoising_strength=0.25)
     half = pipe(**arguments, input_image=picture, denoising_strength=0.75)
     distance = [(latents - shared["input_latents"]).abs().mean() for latents in (little, half, from_noise)]

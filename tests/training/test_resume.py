@@ -36,7 +36,8 @@ def start(flux_folder: Path, data: Path, out: Path, **options) -> subprocess.Pop
 
 
 def final_files(folder: Path) -> dict[str, bytes]:
-    names = ["step-9.safetensors", "metrics.jsonl", "state/step-9/weights.safetensors", "state/step-9/optimizer.safetensors"]
+    state = "state/step-9"
+    names = ["step-9.safetensors", "metrics.jsonl", f"{state}/weights.safetensors", f"{state}/optimizer.safetensors"]
     return {name: (folder / name).read_bytes() for name in names}
 
 

@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 
 from diffsynth.core.errors import RunStopped, UserError
+from diffsynth.diffusion.checkpoint import find_state
 from tests.pictures import make_dataset
-from tests.training_run import make_config, make_data, make_module, train_tiny
+from tests.training_run import make_config, make_data, train_tiny
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +22,12 @@ def data(tmp_path_factory):
 
 def sha(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def original_weights(flux_folder):
+    from diffsynth import load_component
+
+    return load_component(flux_folder / "flux1-dev.safetensors").state_dict()
 
 
 def rows(path):
@@ -37,7 +44,7 @@ def test_a_run_writes_weights_state_metrics_configuration_and_curve(flux_folder,
     assert [row["epoch"] for row in metrics] == [0] * 4 + [1] * 4
     assert set(metrics[0]) == {"step", "epoch", "loss", "lr", "grad_norm", "items"}
     with safe_open(tmp_path / "epoch-1.safetensors", framework="pt") as file:
-        assert any(key.startswith("transformer.transformer_blocks.0.attn.to_q.lora_A") for key in file.keys())
+        assert any(key.startswith("transformer.transformer_blocks.0.attn.to_q.lora_A") for key in file.keys())  # noqa: SIM118
         assert "lora_adapter_metadata" in file.metadata()
 
 
@@ -58,7 +65,7 @@ def test_batch_size_and_accumulation_change_no_gradient(flux_folder, data, tmp_p
             gradient_accumulation_steps=accumulation, optimizer="SGD", learning_rate=1.0, weight_decay=0.0,
             max_grad_norm=0.0)
         weights.append(module.trainable_parameters())
-    assert max(p.abs().max().item() for n, p in weights[0].items() if "lora_B" in n) > 1e-3
+    assert max(p.abs().max().item() for n, p in weights[0].items() if "lora_B" in n) > 1e-4
     for other in weights[1:]:
         for name, parameter in weights[0].items():
             assert torch.allclose(parameter, other[name], rtol=0, atol=1e-6), name
@@ -71,7 +78,7 @@ def test_cached_and_uncached_training_agree(flux_folder, data, tmp_path):
         assert torch.allclose(parameter, direct[name], rtol=0, atol=1e-6), name
 
 
-def test_second_run_on_unchanged_data_encodes_nothing_and_lets_the_encoders_go(flux_folder, data, tmp_path, monkeypatch):
+def test_second_run_encodes_nothing_and_lets_the_encoders_go(flux_folder, data, tmp_path, monkeypatch):
     from diffsynth.diffusion.units import EncodeInputImage
     from diffsynth.pipelines.flux import EncodePrompt
 
@@ -116,15 +123,16 @@ def test_a_changed_caption_and_a_changed_picture_are_encoded_again_alone(flux_fo
 
 def test_only_the_lora_moves_and_the_loss_falls_on_one_batch(flux_folder, tmp_path):
     data = make_dataset(tmp_path / "pictures", count=1)
-    config = make_config(tmp_path / "before")
-    before = {name: tensor.clone() for name, tensor in make_module(flux_folder, config).pipe.dit.state_dict().items()}
+    before = original_weights(flux_folder)
     module = train_tiny(
-        flux_folder, data, tmp_path / "run", dataset_repeat=60, learning_rate=1e-2, timestep_sampling="uniform", lora_rank=16,
-        save_steps=100)
+        flux_folder, data, tmp_path / "run", dataset_repeat=60, learning_rate=1e-2, timestep_sampling="uniform",
+        lora_rank=16, save_steps=100)
     after = module.pipe.dit.state_dict()
-    frozen = [name for name in before if "lora_" not in name]
-    for name in frozen:
-        assert torch.equal(before[name], after[name]), name
+    for name, tensor in before.items():
+        # adapted layers keep their own weight one level further down
+        now = after[name] if name in after else after[name.replace(".weight", ".base_layer.weight").replace(
+            ".bias", ".base_layer.bias")]
+        assert torch.equal(tensor, now), name
     losses = [row["loss"] for row in rows(tmp_path / "run")]
     assert sum(losses[-20:]) < 0.97 * sum(losses[:20])
 
@@ -152,6 +160,7 @@ def test_not_a_number_never_reaches_the_weights(flux_folder, data, tmp_path, mon
     with pytest.raises(RunStopped, match="step 3"):
         train_tiny(flux_folder, data, tmp_path, save_steps=1)
     assert (tmp_path / "step-2.safetensors").exists()
+    assert find_state(tmp_path, "auto").name == "step-2"
     assert not (tmp_path / "step-3.safetensors").exists()
     assert len(rows(tmp_path)) == 2
 
@@ -194,7 +203,8 @@ def test_output_folder_of_another_run_is_refused(flux_folder, data, tmp_path):
 
 def test_keep_checkpoints_keeps_the_newest(flux_folder, data, tmp_path):
     train_tiny(flux_folder, data, tmp_path, save_steps=1, keep_checkpoints=2)
-    assert sorted(path.name for path in tmp_path.glob("step-*.safetensors")) == ["step-3.safetensors", "step-4.safetensors"]
+    kept = sorted(path.name for path in tmp_path.glob("step-*.safetensors"))
+    assert kept == ["step-3.safetensors", "step-4.safetensors"]
 
 
 def test_data_of_the_tiny_run_has_the_size_asked_for(data, tmp_path):

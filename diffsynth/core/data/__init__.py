@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .batching import EpochBatchSampler, plan_epoch, split_window
+from .batching import plan_epoch, split_window
 from .dataset import UnifiedDataset
 from .image_file import MAX_PIXELS
 from .image_operators import ImageCropAndResize, LoadImage, RandomFlip, default_image_operator
@@ -23,7 +23,6 @@ from .operators import (
 __all__ = [
     "MAX_PIXELS",
     "Chain",
-    "EpochBatchSampler",
     "ForEach",
     "Identity",
     "ImageCropAndResize",

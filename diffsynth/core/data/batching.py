@@ -6,7 +6,7 @@ how that number is split into batch size, accumulation and processes; each proce
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
@@ -92,43 +92,6 @@ def split_window(
             half = (len(batch) + 1) // 2
             batches[largest : largest + 1] = [batch[:half], batch[half:]]
     return batches[rank::num_processes]
-
-
-class EpochBatchSampler:
-    """Batch sampler of one process: yields the micro-batches of its share of every window, in order.
-
-    Give it as ``batch_sampler`` to a torch ``DataLoader`` whose ``collate_fn`` accepts an empty list.
-
-    Args:
-        buckets: Bucket of every item.
-        batch_size: Largest micro-batch.
-        accumulation_steps: Micro-batches of a process in one optimizer step (when all are full).
-        skip_windows: Optimizer steps of this epoch that were done before, when resuming.
-    """
-
-    def __init__(
-        self,
-        buckets: Sequence[Hashable],
-        batch_size: int,
-        accumulation_steps: int = 1,
-        num_processes: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-        epoch: int = 0,
-        skip_windows: int = 0,
-        shuffle: bool = True,
-    ) -> None:
-        self._buckets = buckets
-        self._split = (batch_size, num_processes, rank)
-        step_size = batch_size * accumulation_steps * num_processes
-        self.windows = plan_epoch(buckets, step_size, seed, epoch, shuffle)[skip_windows:]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for window in self.windows:
-            yield from split_window(window, self._buckets, *self._split)
-
-    def __len__(self) -> int:
-        return sum(len(split_window(window, self._buckets, *self._split)) for window in self.windows)
 
 
 class _KeyedSorter:

@@ -2,6 +2,7 @@
 
 from .config import ModelConfig, model_base_path
 from .reader import TensorInfo, WeightReader
-from .writer import save_safetensors
+from .writer import replace_file, save_safetensors, save_torch_file
 
-__all__ = ["ModelConfig", "TensorInfo", "WeightReader", "model_base_path", "save_safetensors"]
+__all__ = ["ModelConfig", "TensorInfo", "WeightReader", "model_base_path", "replace_file", "save_safetensors",
+           "save_torch_file"]

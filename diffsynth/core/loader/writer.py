@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,7 +17,7 @@ from .header import DTYPE_NAMES
 
 def save_safetensors(path: Path | str, tensors: Mapping[str, torch.Tensor],
                      metadata: Mapping[str, str] | None = None) -> Path:
-    """Write beside the target, flush to the disk, then rename; a reader sees the old file or the complete new one.
+    """Write weights; a reader sees the old file or the complete new one.
 
     The bytes depend on the content alone (the library writes its metadata in random order), and tensors are copied to
     the CPU one at a time.
@@ -24,22 +25,44 @@ def save_safetensors(path: Path | str, tensors: Mapping[str, torch.Tensor],
     Raises:
         UserError: the disk is full or the place cannot be written; the previous file is untouched, nothing is left.
     """
+    with replace_file(path) as file:
+        _write(file, tensors, metadata or {})
+    return Path(path)
+
+
+def save_torch_file(path: Path | str, tensors: Mapping[str, torch.Tensor]) -> Path:
+    """Write weights as programs of the older generation expect them (``.ckpt``); otherwise as ``save_safetensors``."""
+    with replace_file(path) as file:
+        torch.save(dict(tensors), file)
+    return Path(path)
+
+
+@contextmanager
+def replace_file(path: Path | str) -> Iterator[BinaryIO]:
+    """A file to write to, which takes its name when it is complete and on the disk; after an error it is gone.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
-            _write(file, tensors, metadata or {})
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
-    except OSError as error:
-        raise UserError(f"cannot save {path}: {error.strerror or error}; the previous file, if any, is unchanged. "
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer turns a full disk into a RuntimeError
+        if isinstance(error, RuntimeError) and not isinstance(error.__context__, OSError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot save {path}: {reason}; the previous file, if any, is unchanged. "
                         "Free some space or choose another output folder.") from error
     finally:
         _remove(temporary)
-    return path
 
 
 def _write(file: BinaryIO, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from diffsynth.core.data import EpochBatchSampler, plan_epoch, split_window
+from diffsynth.core.data import plan_epoch, split_window
 
 buckets_of = st.lists(st.sampled_from([(64, 64), (64, 96), (96, 64), None]), min_size=1, max_size=80)
 sizes = st.integers(1, 9)
@@ -52,24 +52,14 @@ def test_full_window_of_one_bucket_is_full_batches() -> None:
 
 @given(buckets=buckets_of, total=st.sampled_from([4, 8, 12]))
 @settings(max_examples=50, deadline=None)
-def test_windows_do_not_depend_on_how_the_step_is_split(buckets, total: int) -> None:
-    one = EpochBatchSampler(buckets, batch_size=total, seed=3, epoch=1)
-    accumulated = EpochBatchSampler(buckets, batch_size=1, accumulation_steps=total, seed=3, epoch=1)
-    parallel = [
-        EpochBatchSampler(
-            buckets, batch_size=total // 4, accumulation_steps=2, num_processes=2, rank=r, seed=3, epoch=1
-        )
-        for r in range(2)
-    ]
-    assert one.windows == accumulated.windows == parallel[0].windows == parallel[1].windows
-    assert sorted(i for sampler in parallel for batch in sampler for i in batch) == list(range(len(buckets)))
-    assert [len(list(sampler)) for sampler in parallel] == [len(sampler) for sampler in parallel]
-
-
-def test_resuming_skips_whole_steps() -> None:
-    buckets = [i % 3 for i in range(50)]
-    whole = EpochBatchSampler(buckets, batch_size=4, seed=1)
-    assert EpochBatchSampler(buckets, batch_size=4, seed=1, skip_windows=5).windows == whole.windows[5:]
+def test_every_split_of_the_steps_sees_every_item_once(buckets, total: int) -> None:
+    windows = plan_epoch(buckets, total, seed=3, epoch=1)
+    for num_processes, batch_size in ((1, total), (1, 1), (2, total // 4)):
+        seen = [
+            item for window in windows for rank in range(num_processes)
+            for batch in split_window(window, buckets, batch_size, num_processes, rank) for item in batch
+        ]
+        assert sorted(seen) == list(range(len(buckets)))
 
 
 def test_shuffle_is_keyed_by_seed_and_epoch_and_never_changes() -> None:
