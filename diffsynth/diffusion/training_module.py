@@ -10,6 +10,7 @@ import torch
 from ..core.errors import UserError, did_you_mean
 from .base_pipeline import BasePipeline
 from .loss import FlowMatchSFTLoss
+from .schedule import TimestepSampling
 from .unit import FrozenPrefix, Inputs, frozen_prefix, run_unit
 
 if TYPE_CHECKING:
@@ -155,6 +156,9 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         self.pipe = pipe
         self.config = config
         self.extra_inputs = _names(config.extra_inputs)
+        pipe.timestep_sampling = TimestepSampling(
+            kind=config.timestep_sampling, shift=config.timestep_shift, weighting=config.timestep_weighting
+        )
         if config.task == "sft:data_process":
             # the cache needs to know what would be trained, and the encoders as training uses them; not the denoiser
             self.full_models, self.lora_models = _names(config.trainable_models), _names(config.lora_base_model)

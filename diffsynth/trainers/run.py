@@ -247,7 +247,6 @@ def build_model(
 ) -> PipelineTrainingModule:
     """Load the pipeline and make it ready for training."""
     from ..core.device import DTYPES
-    from ..diffusion.schedule import TimestepSampling
     from ..diffusion.training_module import PipelineTrainingModule
 
     pipe = load_pipeline_class(family).from_pretrained(
@@ -255,9 +254,6 @@ def build_model(
         # what is only needed to fill the cache is not even read when the cache is full
         deferred=[component.name for component in family.components],
         **tokenizer_configs(family, config.tokenizer_path),
-    )
-    pipe.timestep_sampling = TimestepSampling(
-        kind=config.timestep_sampling, shift=config.timestep_shift, weighting=config.timestep_weighting
     )
     return PipelineTrainingModule(pipe, config.replace(fp8_models=fp8_components(config, pipe)))
 
@@ -288,6 +284,7 @@ def fp8_components(config: TrainConfig, pipe: BasePipeline) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+@collector_paused()  # torch is imported here
 def relaunch_on_all_gpus(
     device: str, command: Sequence[str], launcher_options: Sequence[str] = (), check: Callable[[], object] | None = None
 ) -> bool:
