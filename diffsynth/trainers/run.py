@@ -164,11 +164,15 @@ def check_dataset(config: TrainConfig, dataset: UnifiedDataset) -> None:
 
 
 def model_configs(config: Any) -> list[ModelConfig]:
-    """Where the weights are, from ``model_paths`` and ``model_id_with_origin_paths``; both may be given."""
+    """Where the weights are, from ``model_paths`` and ``model_id_with_origin_paths``; both may be given.
+
+    Repositories are downloaded here, so that the hub is asked once and everything afterwards is about local files.
+    """
     from ..core.loader import ModelConfig
 
     paths = [ModelConfig(path=list(entry) if isinstance(entry, tuple) else entry) for entry in config.model_paths]
-    return paths + [_repository(entry) for entry in config.model_id_with_origin_paths]
+    downloaded = [_repository(entry).resolve() for entry in config.model_id_with_origin_paths]
+    return paths + [ModelConfig(path=files[0] if len(files) == 1 else tuple(files)) for files in downloaded]
 
 
 def _repository(entry: str) -> ModelConfig:
