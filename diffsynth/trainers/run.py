@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import TrainConfig
 from ..core.errors import UserError
-from ..core.startup import collector_paused
+from ..core.startup import collector_paused, keep_freed_memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -122,6 +122,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     device = choose_device(config.device)
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     return accelerate.Accelerator(
         mixed_precision=config.mixed_precision,
         cpu=device.type == "cpu",

@@ -94,7 +94,7 @@ def make_pictures(count: int, seed: int, nested: bool = False) -> torch.Tensor:
 
 
 def train_autoencoder(folder: Path, steps: int, seed: int) -> torch.nn.Module:
-    """Train on crops, then on whole pictures, then the decoder alone on finer ones; eval mode, latents of FLUX's scale."""
+    """Train on crops, then on whole pictures, then the decoder alone on finer ones; latents of FLUX's scale."""
     torch.manual_seed(seed)
     module = AutoencoderTraining(build_autoencoder())
     pictures = make_pictures(8000, seed)
@@ -116,8 +116,8 @@ def train_decoder(module: AutoencoderTraining, folder: Path, steps: int, seed: i
 
 
 def train_part(
-    module: AutoencoderTraining, folder: Path, pictures: torch.Tensor, side: int, batch_size: int, steps: int, seed: int,
-    **options: Any,
+    module: AutoencoderTraining, folder: Path, pictures: torch.Tensor, side: int, batch_size: int, steps: int,
+    seed: int, **options: Any,
 ) -> None:
     """One run of the training loop on crops of one size."""
     import accelerate

@@ -142,7 +142,7 @@ def export(work: Path, output: Path) -> None:
     """Copy everything that a user needs, the weights in float16."""
     for name, spec in zip(FILES, (FLUX_DIT, FLUX_VAE, CLIP_L, T5_XXL), strict=True):
         save_component(load_component(work / name), output / name, spec, torch_dtype=torch.float16)
-    for source in (*(work / "tokenizer").iterdir(), *(work / "tokenizer_2").iterdir(), *work.glob("text_encoder*/*.json")):
+    for source in (*work.glob("tokenizer*/*"), *work.glob("text_encoder*/*.json")):
         target = output / source.relative_to(work)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(source.read_bytes())
@@ -173,7 +173,7 @@ def draw_sheet(folder: Path) -> Image.Image:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work_path", type=Path, default=Path("quickstart_base"), help="Folder for everything between.")
+    parser.add_argument("--work_path", type=Path, default=Path("quickstart_base"), help="Folder in between.")
     parser.add_argument("--output_path", type=Path, default=Path(__file__).parent / "base", help="The finished model.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autoencoder_steps", type=int, default=8000)

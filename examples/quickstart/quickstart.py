@@ -80,7 +80,9 @@ def draw(pipe: FluxImagePipeline) -> Image.Image:
 def compare(lora: Path, path: Path) -> None:
     """Draw the same prompts without and with the LoRA, one row each."""
     pipe = FluxImagePipeline.from_pretrained(
-        torch_dtype=torch.float32, device="cpu", model_configs=[ModelConfig(path=HERE / "base" / name) for name in FILES]
+        torch_dtype=torch.float32,
+        device="cpu",
+        model_configs=[ModelConfig(path=HERE / "base" / name) for name in FILES],
     )
     before = draw(pipe)
     pipe.load_lora(pipe.dit, lora)
@@ -89,7 +91,7 @@ def compare(lora: Path, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_path", type=Path, default=Path("models/quickstart"), help="Folder for what is written.")
+    parser.add_argument("--output_path", type=Path, default=Path("models/quickstart"), help="Where to write.")
     parser.add_argument("--steps", type=int, default=STEPS, help="Optimizer steps.")
     args = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -102,7 +102,11 @@ def _phrase(scene: Scene, rng: random.Random) -> str:
             f"{second} right of {first}",
         )
     else:
-        phrases = (f"{first} above {second}", f"{second} below {first}", f"{first} at the top and {second} at the bottom")
+        phrases = (
+            f"{first} above {second}",
+            f"{second} below {first}",
+            f"{first} at the top and {second} at the bottom",
+        )
     return f"{rng.choice(phrases)}, {scene.background}"
 
 
@@ -156,7 +160,8 @@ def draw_clutter(index: int, seed: int = 0, nested: bool = False) -> Image.Image
     image = Image.new("RGB", (SIZE * SUPERSAMPLING,) * 2, _any_colour(rng))
     pen = ImageDraw.Draw(image)
     for _ in range(rng.randint(3, 14)):
-        x, y, radius = rng.uniform(0, SIZE), rng.uniform(0, SIZE), rng.choice((2, 3, 5, 8, 12, 18)) * rng.uniform(0.7, 1.3)
+        x, y = rng.uniform(0, SIZE), rng.uniform(0, SIZE)
+        radius = rng.choice((2, 3, 5, 8, 12, 18)) * rng.uniform(0.7, 1.3)
         kind, colour = rng.choice((*SHAPES, "box", "line", "polygon")), _any_colour(rng)
         if kind == "line":
             end = (x + rng.uniform(-30, 30), y + rng.uniform(-30, 30))
@@ -210,7 +215,8 @@ def _outline(shape: str) -> list[tuple[float, float]]:
     if shape == "star":
         radii = (1.1, 0.46)
         angles = [math.pi * (step / 5 - 0.5) for step in range(10)]
-        return [(radii[i % 2] * math.cos(angle), 0.06 + radii[i % 2] * math.sin(angle)) for i, angle in enumerate(angles)]
+        points = [(radii[step % 2], angle) for step, angle in enumerate(angles)]
+        return [(radius * math.cos(angle), 0.06 + radius * math.sin(angle)) for radius, angle in points]
     turns = [2 * math.pi * step / 60 for step in range(60)]  # heart
     return [
         (

@@ -78,31 +78,33 @@ def build_text_encoders(clip_tokenizer, t5_tokenizer) -> tuple[nn.Module, nn.Mod
 class Examiner(nn.Module):
     """Asks the encoders what a caption says: of each thing its shape, colour, size and place; and the background."""
 
-    answers = {"shape": len(SHAPES) + 2, "colour": len(COLOURS) + 1, "size": len(SIZES) + 1, "place": len(POSITIONS) + 1}
+    answers = (len(SHAPES) + 2, len(COLOURS) + 1, len(SIZES) + 1, len(POSITIONS) + 1)
+    """Choices of shape (one more for an unknown noun), colour, size and place, each with one more for "nothing"."""
 
     def __init__(self, num_tokens: int) -> None:
         super().__init__()
         self.queries = nn.Parameter(torch.randn(3, WIDTH) * 0.2)
         self.key, self.value = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.thing = nn.Linear(WIDTH, sum(self.answers.values()))
+        self.thing = nn.Linear(WIDTH, sum(self.answers))
         self.background = nn.Linear(WIDTH, len(BACKGROUNDS))
         self.token = nn.Linear(WIDTH, num_tokens)
-        self.pooled = nn.Linear(WIDTH, 2 * sum(self.answers.values()) + len(BACKGROUNDS))
+        self.pooled = nn.Linear(WIDTH, 2 * sum(self.answers) + len(BACKGROUNDS))
 
     def loss(
-        self, pooled: torch.Tensor, embeds: torch.Tensor, tokens: torch.Tensor, things: torch.Tensor, places: torch.Tensor
+        self, pooled: torch.Tensor, embeds: torch.Tensor, tokens: torch.Tensor, things: torch.Tensor,
+        places: torch.Tensor,
     ) -> torch.Tensor:
-        """Sum of the cross-entropies, for pooled (B, D), embeds and tokens (B, L, ...), things (B, 2, 4), places (B,)."""
+        """Sum of the cross-entropies: pooled (B, D), embeds and tokens (B, L, ...), things (B, 2, 4), places (B,)."""
         weights = (self.queries @ self.key(embeds).transpose(1, 2) / WIDTH**0.5).softmax(-1)
         read = weights @ self.value(embeds)
-        width = sum(self.answers.values())
+        width = sum(self.answers)
         from_pooled = self.pooled(pooled)
         total = functional.cross_entropy(self.token(embeds).flatten(0, 1), tokens.flatten())
         total = total + functional.cross_entropy(self.background(read[:, 2]), places)
         total = total + functional.cross_entropy(from_pooled[:, 2 * width :], places)
         for slot in range(2):
             for logits in (self.thing(read[:, slot]), from_pooled[:, slot * width : (slot + 1) * width]):
-                for number, part in enumerate(logits.split(list(self.answers.values()), dim=1)):
+                for number, part in enumerate(logits.split(self.answers, dim=1)):
                     total = total + functional.cross_entropy(part, things[:, slot, number])
         return total
 
@@ -144,7 +146,8 @@ def _question(scene: Scene, rng: random.Random) -> tuple[str, list[list[int]], i
     for number, thing in enumerate(scene.things):
         place = PAIR_PLACES[scene.relation][number] if scene.relation else thing.position
         size = 2 if scene.relation else list(SIZES).index(thing.size)
-        things.append([SHAPES.index(thing.shape), list(COLOURS).index(thing.colour), size, list(POSITIONS).index(place)])
+        colour = list(COLOURS).index(thing.colour)
+        things.append([SHAPES.index(thing.shape), colour, size, list(POSITIONS).index(place)])
         if rng.random() < 0.15 and caption.count(thing.words().split()[-1]) == 1:
             caption = caption.replace(thing.shape, rng.choice(WORDS))
             things[-1][0] = len(SHAPES)
