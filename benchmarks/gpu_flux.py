@@ -1,8 +1,7 @@
 """LoRA steps on a FLUX.1-dev-size transformer with random weights made on the GPU: peak memory and seconds per step.
 
-``python benchmarks/gpu_flux.py`` needs a GPU of 32 GB; ``--tiny`` shows on a CPU that the script works. Inputs are what
-the cache of the frozen prefix holds, so that neither text encoders nor autoencoder are in memory. The loss and the
-gradient checkpointing are those of our training; the older page of DiffSynth-Studio needed 39 GB.
+``python benchmarks/gpu_flux.py`` needs a GPU of about 32 GB; ``--tiny`` shows on a CPU that the script works. The forward
+pass is that of our training on a filled cache: neither text encoders nor autoencoder are in memory.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from make_models import FluxSizes, transformer_config
 from measure import resident_peak_mb
 
 from diffsynth import FluxImagePipeline
-from diffsynth.adapters.lora import inject_lora
+from diffsynth.config import TrainConfig
 from diffsynth.core import random
-from diffsynth.diffusion.loss import FlowMatchSFTLoss
+from diffsynth.diffusion.training_module import PipelineTrainingModule
 
 FLUX_DEV = FluxSizes(hidden=3072, num_double=19, num_single=38, t5_dim=4096, clip_dim=768)
 TINY = FluxSizes(hidden=128, num_double=1, num_single=2, t5_dim=64, clip_dim=64)
 NUM_WARMUP_STEPS = 5
 
 
-def make_pipeline(sizes: FluxSizes, device: torch.device, rank: int) -> FluxImagePipeline:
-    """A pipeline of which only the transformer is there: bfloat16, made on ``device``, with a LoRA in float32."""
+def make_module(sizes: FluxSizes, device: torch.device, rank: int, checkpointing: bool) -> PipelineTrainingModule:
+    """Our training of a pipeline of which only the transformer is there, bfloat16, with a LoRA in float32."""
     from diffusers import FluxTransformer2DModel
 
     pipe = FluxImagePipeline(device=device, torch_dtype=torch.bfloat16)
@@ -44,9 +43,10 @@ def make_pipeline(sizes: FluxSizes, device: torch.device, rank: int) -> FluxImag
     finally:
         torch.set_default_dtype(before)
     pipe.components_loaded()
-    inject_lora(pipe.dit, pipe.family(), "", rank)
-    pipe.dit.train()
-    return pipe
+    module = PipelineTrainingModule(pipe.requires_grad_(False), TrainConfig(
+        lora_base_model="dit", lora_rank=rank, mixed_precision="bf16", use_gradient_checkpointing=checkpointing))
+    module.prefix_cached = True
+    return module
 
 
 def make_inputs(sizes: FluxSizes, device: torch.device, side: int, num_text_tokens: int) -> dict[str, torch.Tensor]:
@@ -65,19 +65,20 @@ def measure(options: argparse.Namespace, device: torch.device, compiled: bool) -
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    pipe = make_pipeline(sizes, device, options.rank)
+    module = make_module(sizes, device, options.rank, not options.no_checkpointing)
+    transformer = module.pipe.dit
     loaded_gb = torch.cuda.memory_allocated() / 1e9 if device.type == "cuda" else 0.0
     if compiled:
         # block by block: one graph per kind of block, compiled once, and checkpointing stays outside of it
-        pipe.dit.compile_repeated_blocks()
-    parameters = [parameter for parameter in pipe.dit.parameters() if parameter.requires_grad]
+        transformer.compile_repeated_blocks()
+    parameters = list(module.trainable_parameters().values())
     optimizer = torch.optim.AdamW(parameters, lr=1e-4)
     inputs = make_inputs(sizes, device, options.side, options.text_tokens)
     seconds = []
     for step in range(NUM_WARMUP_STEPS + options.steps):
         started_s = time.perf_counter()
         with random.keyed_items(0, step, [0]), torch.autocast(device.type, torch.bfloat16):
-            loss = FlowMatchSFTLoss(pipe, use_gradient_checkpointing=not options.no_checkpointing, **inputs)
+            loss = module(inputs)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -89,7 +90,7 @@ def measure(options: argparse.Namespace, device: torch.device, compiled: bool) -
     return dict(
         compiled=compiled, step_s=round(median(seconds[NUM_WARMUP_STEPS:]), 4), first_step_s=round(seconds[0], 1),
         peak_gb=round(peak_gb, 2), reserved_gb=round(reserved_gb, 2), loaded_gb=round(loaded_gb, 2),
-        num_parameters=sum(p.numel() for p in pipe.dit.parameters()), num_trainable=sum(p.numel() for p in parameters),
+        num_parameters=sum(p.numel() for p in transformer.parameters()), num_trainable=sum(p.numel() for p in parameters),
         loss=loss.item(),
     )
 

@@ -60,6 +60,12 @@ class BasePipeline(torch.nn.Module):
         self.component_paths: dict[str, tuple[Path, ...]] = {}
         self._load_component: Callable[[str], torch.nn.Module | None] | None = None
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> BasePipeline:
+        # torch's own hook behind .to(): the inputs have to go where the networks went
+        super()._apply(fn, recurse)
+        self.device = fn(torch.empty(0, device=self.device)).device
+        return self
+
     @classmethod
     def family(cls) -> ModelFamily:
         from ..models.registry import get_family

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,8 @@ from safetensors.torch import load_file
 
 from ..core.errors import UserError
 from ..core.loader.writer import save_safetensors
+
+logger = logging.getLogger(__name__)
 
 _STATE_NAME = re.compile(r"step-(\d+)")
 
@@ -58,6 +61,9 @@ def check_output_folder(output_path: Path, resume: str) -> None:
     """
     if output_path.exists() and not output_path.is_dir():
         raise UserError(f"output_path {output_path} is a file; name a folder.")
+    existing = next(path for path in (output_path, *output_path.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"output_path {output_path}: nothing can be written in {existing}; choose another folder.")
     if resume == "never" and (found := _traces_of_a_run(output_path)):
         raise UserError(f"output_path {output_path} holds another run ({found}); choose an empty folder, or continue "
                         "that run with --resume auto.")
@@ -75,30 +81,38 @@ def _traces_of_a_run(output_path: Path) -> str | None:
 
 def save_state(folder: Path, state: TrainingState) -> None:
     """Write a state as ``folder/step-N``, then remove the older ones."""
-    folder.mkdir(parents=True, exist_ok=True)
     final = folder / f"step-{state.progress.step}"
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    tensors, scalars = _flatten_optimizer(state.optimizer)
-    save_safetensors(partial / "weights.safetensors", _on_host(state.weights), {})
-    save_safetensors(partial / "optimizer.safetensors", _on_host(tensors), {})
-    _write(partial / "state.json", {
-        "progress": asdict(state.progress), "optimizer": scalars, "lr_scheduler": state.lr_scheduler,
-        "scaler": state.scaler, "options": state.options,
-    })
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(partial.iterdir())}
-    _write(partial / "manifest.json", files)
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    _sync_folder(folder)
+    try:
+        _write_state(partial, state)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync_folder(folder)
+    except OSError as error:
+        raise UserError(f"cannot save {final}: {error.strerror or error}; the previous state was kept.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     if not verify_state(final):
         raise UserError(f"the state just written to {final} does not read back as written; the disk may be failing. "
                         "The previous state was kept.")
     for other in folder.glob("step-*"):
         if other != final:
             shutil.rmtree(other)
+
+
+def _write_state(partial: Path, state: TrainingState) -> None:
+    partial.mkdir(parents=True)
+    tensors, scalars = _flatten_optimizer(state.optimizer)
+    save_safetensors(partial / "weights.safetensors", state.weights, {})
+    save_safetensors(partial / "optimizer.safetensors", tensors, {})
+    _write(partial / "state.json", {
+        "progress": asdict(state.progress), "optimizer": scalars, "lr_scheduler": state.lr_scheduler,
+        "scaler": state.scaler, "options": state.options,
+    })
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(partial.iterdir())}
+    _write(partial / "manifest.json", files)
 
 
 def verify_state(folder: Path) -> bool:
@@ -122,7 +136,7 @@ def find_state(output_path: Path, resume: str) -> Path | None:
     """The state folder to continue from, or None to start at step 0.
 
     Raises:
-        UserError: the folder that was named is damaged.
+        UserError: the folder that was named is damaged, or every one that there is.
     """
     if resume == "never":
         return None
@@ -133,7 +147,13 @@ def find_state(output_path: Path, resume: str) -> Path | None:
         return Path(resume)
     states = [path for path in (output_path / "state").glob("step-*") if _STATE_NAME.fullmatch(path.name)]
     states.sort(key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
-    return next((path for path in states if verify_state(path)), None)
+    found = next((path for path in states if verify_state(path)), None)
+    if states and found is None:
+        raise UserError(f"every state in {output_path / 'state'} is incomplete or damaged; move {output_path} away to "
+                        "start from the beginning.")
+    if found is None and (trace := _traces_of_a_run(output_path)):
+        logger.warning("%s holds %s but no state to continue from; the run starts again at step 0", output_path, trace)
+    return found
 
 
 def load_state(folder: Path) -> TrainingState:
@@ -181,11 +201,6 @@ def _unflatten_optimizer(tensors: dict[str, torch.Tensor], scalars: dict[str, An
     for index, entry in scalars["scalars"].items():
         state.setdefault(int(index), {}).update(entry)
     return {"state": state, "param_groups": scalars["param_groups"]}
-
-
-def _on_host(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    # a copy, because safetensors refuses tensors that share storage
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _write(path: Path, document: Any) -> None:

@@ -8,7 +8,7 @@ unit itself. Equal captions share one entry, a changed picture leaves its captio
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ import torch
 
 from ..adapters.fused import fused_fingerprint
 from ..core.data.cache import CacheStore, entry_key
+from ..core.errors import UserError
 from .unit import PipelineUnit, run_unit
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def plan_cache(module: PipelineTrainingModule, dataset: UnifiedDataset, folder: 
 
 
 def _jobs(module: PipelineTrainingModule, dataset: UnifiedDataset) -> Iterator[CacheJob]:
-    units = module.prefix.units
+    units = [unit for unit in module.prefix.units if unit.outputs]
     fingerprints = [_unit_fingerprint(module, unit) for unit in units]
     columns = _columns_of_units(units)
     for item in range(dataset.num_rows):
@@ -116,7 +117,7 @@ def _jobs(module: PipelineTrainingModule, dataset: UnifiedDataset) -> Iterator[C
                 yield CacheJob(item, variant, drop, keys)
 
 
-def _columns_of_units(units: tuple[PipelineUnit, ...]) -> list[list[str]]:
+def _columns_of_units(units: Sequence[PipelineUnit]) -> list[list[str]]:
     """Columns of the data set that each unit depends on, through earlier units too."""
     made_from: dict[str, set[str]] = {}
     result = []
@@ -138,6 +139,9 @@ def _unit_fingerprint(module: PipelineTrainingModule, unit: PipelineUnit) -> str
     for name in unit.models:
         parts.append(pipe.component_fingerprints[name])
         parts.append(name in module.fp8_models)
+        if getattr(getattr(pipe, name), "_diffsynth_hot_adapters", None):
+            raise UserError(f"{name} has a LoRA loaded with hotload=True, which cannot be part of a cache key; load it "
+                            "with hotload=False, or train with --cache off.")
         # a LoRA fused into an encoder changes its outputs, but not its files
         parts.append(fused_fingerprint(getattr(pipe, name)))
     if unit.prompt_inputs:
@@ -159,10 +163,13 @@ def encode_job(
     if job.drop_caption:
         data = {**data, "prompt": ""}
     shared, posi, nega = module.pipeline_inputs(data)
-    for unit, key in zip(module.prefix.units, job.keys, strict=True):
-        if store.has(key):
-            (posi if unit.prompt_inputs else shared).update(store.get(key))
+    keys = iter(job.keys)
+    for unit in module.prefix.units:
+        side = posi if unit.prompt_inputs else shared
+        key = next(keys) if unit.outputs else None
+        if key and store.has(key):
+            side.update({name: tensor.to(module.pipe.device) for name, tensor in store.get(key).items()})
             continue
         shared, posi, nega = run_unit(unit, module.pipe, shared, posi, nega)
-        side = posi if unit.prompt_inputs else shared
-        store.put(key, {name: side[name] for name in unit.outputs if side.get(name) is not None})
+        if key:
+            store.put(key, {name: side[name] for name in unit.outputs if side.get(name) is not None})

@@ -52,7 +52,8 @@ class ModelLogger:
         self.names = names
         self._tensorboard_wanted = tensorboard
         self._tensorboard: Any = None
-        self._saved: list[Path] = []
+        self._saved: list[list[Path]] = []
+        """Files of each save, oldest first."""
         self._pending: list[dict[str, Any]] = []
         self._flushed_at = time.monotonic()
 
@@ -65,7 +66,7 @@ class ModelLogger:
         self.output_path.mkdir(parents=True, exist_ok=True)
         (self.output_path / "config.yaml").write_text(config.resolved_yaml(), encoding="utf-8")
         # files of the run that is continued count among those to keep
-        self._saved = sorted(self._weight_files(), key=lambda path: path.stat().st_mtime_ns) if first_step else []
+        self._saved = self._earlier_saves() if first_step else []
         kept = [row for row in self.read_metrics() if row["step"] <= first_step] if first_step else []
         partial = self.metrics_path.with_suffix(".partial")
         partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
@@ -77,9 +78,12 @@ class ModelLogger:
                 raise UserError("logger tensorboard needs the package tensorboard; pip install tensorboard.") from error
             self._tensorboard = SummaryWriter(str(self.output_path / "tensorboard"), purge_step=first_step or None)
 
-    def _weight_files(self) -> list[Path]:
+    def _earlier_saves(self) -> list[list[Path]]:
         patterns = ("step-*.safetensors", "epoch-*.safetensors", "checkpoints/epoch=*.ckpt")
-        return [path for pattern in patterns for path in self.output_path.glob(pattern)]
+        saves: dict[str, list[Path]] = {}
+        for path in sorted(path for pattern in patterns for path in self.output_path.glob(pattern)):
+            saves.setdefault(path.stem.removesuffix("-lora"), []).append(path)
+        return sorted(saves.values(), key=lambda files: files[0].stat().st_mtime_ns)
 
     def log(self, row: dict[str, Any]) -> None:
         """Take one row of metrics; it is in the file within a few seconds, or after ``flush``."""
@@ -98,6 +102,8 @@ class ModelLogger:
         if self._tensorboard is not None:
             for row in self._pending:
                 for name in ("loss", "lr", "grad_norm"):
+                    if row[name] is None:
+                        continue  # an overflow of fp16, whose step was skipped
                     self._tensorboard.add_scalar(name, row[name], row["step"])
             self._tensorboard.flush()
         self._pending.clear()
@@ -137,9 +143,10 @@ class ModelLogger:
             written.append(self._save_full(model, path))
         if model.lora_models:
             written.append(self._save_lora(model, path.with_stem(path.stem + "-lora") if written else path))
-        self._saved = [old for old in self._saved if old not in written] + written
+        self._saved = [old for old in self._saved if old != written] + [written]
         while self.keep_checkpoints and len(self._saved) > self.keep_checkpoints:
-            self._saved.pop(0).unlink(missing_ok=True)
+            for old in self._saved.pop(0):
+                old.unlink(missing_ok=True)
         return written
 
     def check_format(self, model: DiffusionTrainingModule) -> None:

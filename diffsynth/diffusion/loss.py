@@ -30,5 +30,7 @@ def FlowMatchSFTLoss(pipe: BasePipeline, **inputs: Any) -> torch.Tensor:
     sampling = pipe.timestep_sampling
     sigmas = sampling.sample_sigmas(latents.shape[0], pipe.training_shift(latents)).to(latents.device)
     noise_pred = pipe.predict_noise(latents=add_noise(latents, noise, sigmas), timesteps=1000 * sigmas, **inputs)
+    if noise_pred.shape != latents.shape:
+        raise ValueError(f"the network returned {tuple(noise_pred.shape)} for latents {tuple(latents.shape)}.")
     errors = torch.nn.functional.mse_loss(noise_pred.float(), velocity(latents, noise), reduction="none")
     return (errors.flatten(1).mean(1) * sampling.weights(sigmas)).mean()

@@ -50,6 +50,10 @@ def optimizer_class(name: str) -> type[torch.optim.Optimizer]:
         names = [n for n, value in vars(module).items() if isinstance(value, type)]
         raise UserError(f"optimizer {name!r}: {module.__name__} has no class {class_name!r}."
                         f"{did_you_mean(class_name, names)}")
+    closure = inspect.signature(cls.step).parameters.get("closure")  # type: ignore[attr-defined]
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise UserError(f"optimizer {name!r} evaluates the loss several times in one step, which this loop does not "
+                        "do; use AdamW or another first-order optimizer.")
     return cls
 
 

@@ -59,8 +59,6 @@ class Previews:
 
     def draw(self, step: int, progress_bar_cmd: Callable = iter) -> Path | None:
         """Draw every prompt and write ``samples/step-N.png`` and the sheet. A failure is logged and ends nothing."""
-        was_training = self.pipe.denoiser.training
-        self.pipe.denoiser.eval()
         try:
             pictures = [
                 self.pipe(
@@ -76,8 +74,6 @@ class Previews:
         except (ValueError, RuntimeError, OSError):
             logger.exception("sample pictures at step %d failed; training goes on", step)
             return None
-        finally:
-            self.pipe.denoiser.train(was_training)
 
     def _draw_sheet(self) -> None:
         rows = {path.stem.removeprefix("step-"): path for path in sorted((self.folder / "samples").glob("step-*.png"))}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,8 @@ from .training_module import DiffusionTrainingModule, PipelineTrainingModule
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from .base_pipeline import BasePipeline
+
 logger = logging.getLogger(__name__)
 
 OPTIONS_THAT_MAY_CHANGE = frozenset((
@@ -56,6 +58,14 @@ OPTIONS_THAT_MAY_CHANGE = frozenset((
 ))
 """Options that a resumed run may change, because they change what is written or how fast, not what is learned. Batch
 size and accumulation may change against each other; their product is compared on its own."""
+
+
+OPTIONS_OF_THE_LOOP = frozenset((
+    "learning_rate", "num_epochs", "max_steps", "steps_per_epoch", "batch_size", "seed", "optimizer", "optimizer_args",
+    "weight_decay", "lr_scheduler", "lr_warmup_steps", "save_steps", "resume", "gradient_accumulation_steps",
+    "max_grad_norm", "dataset_num_workers", "output_path", "caption_dropout",
+))
+"""Options that mean the same for every module."""
 
 
 def launch_training_task(
@@ -79,6 +89,10 @@ def launch_training_task(
         UserError: an option is unknown or wrong, or the output folder holds another run.
         RunStopped: the loss or a gradient is not a finite number.
     """
+    _refuse_ignored_options(model, options)
+    if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise UserError(f"launching with {accelerator.distributed_type.value} is not supported yet; use accelerate "
+                        "launch with --multi_gpu, or one process.")
     config = (config or TrainConfig()).replace(output_path=str(model_logger.output_path), **options)
     if config.task == "sft:data_process":
         fill_cache(accelerator, dataset, model, config)
@@ -90,6 +104,29 @@ def launch_training_task(
     task = _Task(accelerator, dataset, model, model_logger, config)
     task.resume()
     task.run()
+
+
+@contextmanager
+def _moved_away(pipe: BasePipeline) -> Iterator[None]:
+    """Keep the denoiser off the GPU while the encoders need the room."""
+    denoiser = pipe.denoiser
+    if denoiser is None or pipe.device.type == "cpu":
+        yield
+        return
+    denoiser.to("cpu")
+    try:
+        yield
+    finally:
+        denoiser.to(pipe.device)
+
+
+def _refuse_ignored_options(model: Any, options: dict[str, Any]) -> None:
+    """A module of one's own decides by itself what the schema's other options would mean."""
+    ignored = [] if isinstance(model, PipelineTrainingModule) else sorted(set(options) - OPTIONS_OF_THE_LOOP)
+    for name in ignored:
+        if name in TrainConfig.model_fields:
+            raise UserError(f"{name} has no effect on {type(model).__name__}; set it where the module, the data set or "
+                            "the ModelLogger is built.")
 
 
 class _Task:
@@ -107,7 +144,7 @@ class _Task:
         dataset = self._cache(dataset)
         self.items = RequestedItems(dataset, config.seed, config.caption_dropout)
         self.plan = StepPlan(
-            _buckets(dataset, config.batch_size),
+            _buckets(dataset, config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes),
             batch_size=config.batch_size, accumulation_steps=config.gradient_accumulation_steps,
             num_processes=accelerator.num_processes, rank=accelerator.process_index, seed=config.seed,
             steps_per_epoch=config.steps_per_epoch,
@@ -116,6 +153,10 @@ class _Task:
         if config.max_steps:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.lr_scheduler = build_lr_scheduler(optimizer, config, self.total_steps)
+        # frozen weights are read by every process from its own files: sending them costs time, and fails where the
+        # processes hold different ones (the VAE of the previews) or ones that cannot be sent (float8)
+        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        model._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in model.named_buffers())]  # type: ignore[assignment]
         self.network, self.optimizer = accelerator.prepare(model, optimizer)
         self.progress = Progress()
 
@@ -135,8 +176,9 @@ class _Task:
     def _cache(self, dataset: Any) -> Any:
         """Encode the frozen prefix once, then let go of the models that only it needs."""
         model = self.model
-        if self.config.cache == "off" or not isinstance(model, PipelineTrainingModule) or not model.prefix.units:
+        if self.config.task == "sft" and not _can_cache(model, self.config):
             return dataset
+        assert isinstance(model, PipelineTrainingModule)
         cached = fill_cache(self.accelerator, dataset, model, self.config)
         model.prefix_cached = True
         kept = ("vae",) if self.previews else ()
@@ -201,7 +243,17 @@ class _Task:
         }
         if self.config.lr_scheduler in ("linear", "cosine"):
             options["steps of the learning-rate schedule"] = self.total_steps
-        return {**options, "items per step": self.plan.step_size}
+        base_models = getattr(getattr(self.model, "pipe", None), "component_fingerprints", {})
+        return {**options, "items per step": self.plan.step_size, "items of the data set": len(self.plan.buckets),
+                "base models": dict(base_models)}
+
+
+def _can_cache(model: Any, config: TrainConfig) -> bool:
+    """Whether training can read cached outputs alone; a trained encoder reads the raw columns in every step."""
+    return (
+        config.cache != "off" and isinstance(model, PipelineTrainingModule)
+        and not any(unit.models for unit in model.prefix.remaining)
+    )
 
 
 def fill_cache(accelerator: Accelerator, dataset: Any, model: Any, config: TrainConfig) -> CachedDataset:
@@ -210,15 +262,16 @@ def fill_cache(accelerator: Accelerator, dataset: Any, model: Any, config: Train
     Raises:
         UserError: the module has nothing to cache, or ``sft:train`` finds entries missing.
     """
-    if not isinstance(model, PipelineTrainingModule) or config.cache == "off":
-        raise UserError(f"--task {config.task} works on the cache of encoded data; leave --cache at auto.")
+    if not _can_cache(model, config):
+        raise UserError(f"--task {config.task} works on the cache of encoded data; leave --cache at auto, and train no "
+                        "text encoder and no VAE.")
     folder = Path(config.cache_path) if config.cache_path else model_base_path() / "cache"
     plan = plan_cache(model, dataset, folder)
     if config.task == "sft:train" and (missing := plan.missing()):
         raise UserError(f"the cache {folder} lacks {len(missing)} of {len(plan.jobs)} items; fill it first with "
                         "the same options and --task sft:data_process.")
     if share := plan.missing(accelerator.process_index, accelerator.num_processes):
-        with _progress_bar(accelerator.is_main_process) as bar:
+        with _progress_bar(accelerator.is_main_process) as bar, _moved_away(model.pipe):
             for job in _track(bar, share):
                 encode_job(model, dataset, plan.store, job)
     accelerator.wait_for_everyone()
@@ -239,12 +292,13 @@ def train(task: _Task, report: Any) -> None:
             stop_unless_finite(task, window, loss, grad_norm)
             learning_rate = task.lr_scheduler.get_last_lr()[0]
             task.optimizer.step()
-            task.lr_scheduler.step()
+            if not task.optimizer.step_was_skipped:
+                task.lr_scheduler.step()
             task.optimizer.zero_grad()
             progress.step += 1
             progress.step_in_epoch += 1
             row = dict(step=progress.step, epoch=progress.epoch, loss=loss.item(), lr=learning_rate,
-                       grad_norm=grad_norm.item(), items=len(window))
+                       grad_norm=grad_norm.item() if torch.isfinite(grad_norm) else None, items=len(window))
             task.files.log(row) if task.is_main else None
             report(row["loss"])
             ended = progress.step_in_epoch == plan.steps_per_epoch
@@ -300,8 +354,10 @@ def clip_gradients(task: _Task) -> torch.Tensor:
 
 def stop_unless_finite(task: _Task, window: list[int], loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
     """Raise ``RunStopped`` before a number that is not finite reaches the weights."""
-    finite = torch.isfinite(loss) & (torch.isfinite(grad_norm) | (task.accelerator.scaler is not None))
-    if not bool(finite):
+    scaler = task.accelerator.scaler
+    # the scaler of fp16 answers an overflow with a smaller scale and skips the step, until there is none smaller
+    may_overflow = scaler is not None and scaler.get_scale() > 1
+    if not bool(torch.isfinite(loss) & (torch.isfinite(grad_norm) | may_overflow)):
         raise RunStopped(
             f"step {task.progress.step + 1}: loss {loss.item()}, gradient norm {grad_norm.item()} are not finite "
             f"numbers (items {window[:8]}); the weights were left as they were after step {task.progress.step}. "
@@ -309,9 +365,9 @@ def stop_unless_finite(task: _Task, window: list[int], loss: torch.Tensor, grad_
         )
 
 
-def _buckets(dataset: Any, batch_size: int) -> Sequence[Any]:
-    """Which items can share a forward pass; with one item in each, all can be in one bucket."""
-    if batch_size == 1 or not hasattr(dataset, "bucket"):
+def _buckets(dataset: Any, step_size: int) -> Sequence[Any]:
+    """Which items can share a forward pass. It must not depend on how a step is divided, or the windows would."""
+    if step_size == 1 or not hasattr(dataset, "bucket"):
         return [None] * len(dataset)
     return [dataset.bucket(item) for item in range(len(dataset))]
 

@@ -132,4 +132,12 @@ def load_windows(
         dataset, batch_sampler=_MicroBatchSampler(requests), collate_fn=collate, num_workers=num_workers,
     ))
     for window, share in zip(windows, shares, strict=True):
-        yield window, [MicroBatch(items, len(items) / len(window), next(loader)) for items in share]
+        yield window, [MicroBatch(items, len(items) / len(window), _next(loader)) for items in share]
+
+
+def _next(loader: Iterator[Any]) -> Any:
+    try:
+        return next(loader)
+    except UserError as error:
+        # a worker process sends its whole traceback as the message; its last line is ours
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None

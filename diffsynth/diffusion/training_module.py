@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,18 +75,23 @@ class DiffusionTrainingModule(torch.nn.Module):
                             "--lora_target_modules.")
         if lora_checkpoint and not lora_base_model:
             raise UserError("lora_checkpoint was given without lora_base_model; say which model it belongs to.")
+        if lora_base_model in full:
+            raise UserError(f"{lora_base_model!r} is both in trainable_models and the lora_base_model; choose one.")
+        if lora_dora and lora_base_model in fp8_models:
+            raise UserError(f"lora_dora needs the norms of the weights, which float8 does not give; take "
+                            f"{lora_base_model!r} out of fp8_models.")
         if both := sorted(set(full) & set(fp8_models)):
             raise UserError(f"fp8_models names {both[0]!r}, which is trained fully; float8 weights cannot be updated.")
         self.full_models, self.lora_models = full, _names(lora_base_model)
-        pipe.requires_grad_(False).train(False)
+        # everything stays in eval mode: dropout inside a network would draw numbers that no item owns
+        pipe.requires_grad_(False).eval()
         self.prepare_frozen_models(pipe, preset_lora_path, preset_lora_model or lora_base_model, fp8_models)
         for name in full:
-            self._component(pipe, name).to(torch.float32).requires_grad_(True).train()
+            self._component(pipe, name).to(torch.float32).requires_grad_(True)
         if lora_base_model:
             network = self._component(pipe, lora_base_model)
             inject_lora(network, pipe.family(), lora_target_modules, lora_rank, lora_alpha, rslora=lora_rslora,
                         dora=lora_dora, dtype=lora_dtype, seed=seed)
-            network.train()
             self.lora_options = {
                 "lora_target_modules": lora_target_modules, "lora_rslora": lora_rslora, "lora_dora": lora_dora,
             }
@@ -167,6 +173,11 @@ class PipelineTrainingModule(DiffusionTrainingModule):
                                        leave_out=pipe.denoiser_models)
         else:
             self._switch_to_training_mode()
+        if config.mixed_precision != "no":
+            # autocast takes care of the dtypes; peft's own cast would keep a copy of the input for every layer
+            for layer in self.modules():
+                if hasattr(layer, "cast_input_dtype_enabled"):
+                    layer.cast_input_dtype_enabled = False  # type: ignore[assignment]
         self.prefix: FrozenPrefix = frozen_prefix(pipe.units, self.trainable_models(), pipe.denoiser_models)
         self.prefix_cached = False
 
@@ -223,12 +234,15 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             batch_size = next(iter(inputs.values())).shape[0]
             shared: Inputs = {**self.constant_inputs(), **inputs, "batch_size": batch_size}
             posi: Inputs = {}
-            units = [unit for unit in self.prefix.remaining if not unit.draws_noise and unit.models]
         else:
             shared, posi, _ = self.pipeline_inputs(data)
-            units = [unit for unit in self.pipe.units if not unit.draws_noise]
-        for unit in units:
-            shared, posi, _ = run_unit(unit, self.pipe, shared, posi, {})
+            for unit in self.pipe.units:
+                if unit.draws_noise:
+                    continue
+                frozen = unit in self.prefix.units
+                # frozen encoders compute in the dtype of their weights, as they do when their outputs are cached
+                with torch.autocast(self.pipe.device.type, enabled=False) if frozen else nullcontext():
+                    shared, posi, _ = run_unit(unit, self.pipe, shared, posi, {})
         return FlowMatchSFTLoss(self.pipe, **{**shared, **posi})
 
 

@@ -77,7 +77,7 @@ class FrozenPrefix:
     """The part of a pipeline that training never changes."""
 
     units: tuple[PipelineUnit, ...]
-    """Units whose outputs are worth caching, in order."""
+    """Units that need to run only once per item, in order."""
     remaining: tuple[PipelineUnit, ...]
     """Units that must run in every step."""
     outputs: tuple[str, ...]
@@ -104,11 +104,8 @@ def frozen_prefix(
         if unit.draws_noise or set(unit.models) & set(trainable_models) or reads & changing:
             changing.update(unit.outputs)
             remaining.append(unit)
-        elif unit.models:
-            frozen.append(unit)
         else:
-            # cheap and deterministic: recomputed rather than stored
-            remaining.append(unit)
+            frozen.append(unit)
     kept = {name for unit in remaining for name in unit.models} | set(denoiser_models) | set(trainable_models)
     released = dict.fromkeys(name for unit in frozen for name in unit.models if name not in kept)
     outputs = tuple(dict.fromkeys(name for unit in frozen for name in unit.outputs))

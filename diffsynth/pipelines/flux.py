@@ -195,7 +195,7 @@ class FluxImagePipeline(BasePipeline):
         sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
         mu = linear_mu(latents.shape[-2] * latents.shape[-1] // 4)
         self.scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=mu)
-        first = num_inference_steps - min(int(num_inference_steps * denoising_strength), num_inference_steps)
+        first = int(num_inference_steps - min(num_inference_steps * denoising_strength, num_inference_steps))
         self.scheduler.set_begin_index(first)
         return self.scheduler.timesteps[first:]
 
@@ -287,14 +287,18 @@ def _check_call(
     if num_inference_steps < 1 or num_images < 1:
         raise UserError(f"num_inference_steps is {num_inference_steps} and num_images {num_images}; both must be at "
                         "least 1.")
-    if not 0 < denoising_strength <= 1 or int(num_inference_steps * denoising_strength) < 1:
-        raise UserError(f"denoising_strength {denoising_strength} leaves none of the {num_inference_steps} steps; "
-                        "it must be in (0, 1] and large enough for one step.")
+    if not 0 < denoising_strength <= 1:
+        raise UserError(f"denoising_strength must be above 0 and at most 1, got {denoising_strength}.")
     if output_type not in ("pil", "latent"):
         raise UserError(f"output_type {output_type!r} is not known; use 'pil' or 'latent'.")
     known = {prefix + name for prefix in ("", "negative_") for name in EncodePrompt.outputs}
     if unknown := sorted(set(precomputed) - known):
         raise TypeError(f"FluxImagePipeline has no argument {unknown[0]!r}.")
+    for prefix in ("", "negative_"):
+        given = [name for name in EncodePrompt.outputs if prefix + name in precomputed]
+        if len(given) == 1:
+            raise UserError(f"{prefix}{given[0]} was given alone; give both {prefix}prompt_embeds and "
+                            f"{prefix}pooled_prompt_embeds.")
 
 
 _DEV_FILES = (

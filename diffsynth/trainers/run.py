@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,11 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         cpu=device.type == "cpu",
         kwargs_handlers=[
-            accelerate.DistributedDataParallelKwargs(find_unused_parameters=config.find_unused_parameters)
+            accelerate.DistributedDataParallelKwargs(
+                find_unused_parameters=config.find_unused_parameters, gradient_as_bucket_view=True
+            ),
+            # the others wait while the main process draws previews and writes large checkpoints
+            accelerate.InitProcessGroupKwargs(timeout=timedelta(hours=12)),
         ],
     )
 
@@ -162,7 +167,12 @@ def check_dataset(config: TrainConfig, dataset: UnifiedDataset) -> None:
     from ..diffusion.training_module import PipelineTrainingModule
 
     dataset.require_columns(*PipelineTrainingModule.data_columns, *config.extra_inputs)
-    dataset.check("headers")
+    for item in range(dataset.num_rows):
+        if not isinstance(dataset.row(item).get("prompt"), str):
+            raise UserError(f"{dataset.metadata_path or dataset.base_path}, row {item + 1}: the column 'prompt' holds "
+                            f"{dataset.row(item).get('prompt')!r}; write one caption as text.")
+    # what is encoded once is decoded then, before training; what is not has to be decoded now
+    dataset.check("pixels" if config.cache == "off" else "headers")
 
 
 def model_configs(config: Any) -> list[ModelConfig]:

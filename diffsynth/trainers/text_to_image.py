@@ -245,12 +245,7 @@ def _shared_version_folder(output_path: Path) -> Path:
 def _launcher_options(strategy: str) -> list[str]:
     if strategy == "auto":
         return []
-    import importlib.util
-
-    if importlib.util.find_spec("deepspeed") is None:
-        raise UserError(f"--training_strategy {strategy} needs the package deepspeed; install it with "
-                        "pip install 'diffsynth[deepspeed]'.")
-    return ["--use_deepspeed", "--zero_stage", strategy.rpartition("_")[2]]
+    raise UserError(f"--training_strategy {strategy} is not supported yet; use auto, which takes all visible GPUs.")
 
 
 def _check_upload(options: TextToImageOptions) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from diffsynth.adapters.lora import load_lora_file
+from diffsynth.core.errors import UserError
 from diffsynth.models.registry import get_family
 from tests.pictures import make_dataset
 from tests.training_run import make_config, train_tiny
@@ -139,3 +140,89 @@ def test_epochs_of_fixed_length_go_round_the_data(flux_folder, data, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["epoch"] for row in rows] == [0] * 4 + [1] * 4
     assert len({row["loss"] for row in rows}) == 8
+
+
+def test_trained_text_encoder_reads_the_captions_in_every_step(flux_folder, data, tmp_path, monkeypatch):
+    from diffsynth.pipelines.flux import EncodePrompt
+
+    seen: list[str] = []
+    real = EncodePrompt.process
+
+    def recorded(self, pipe, prompt, max_sequence_length):
+        seen.extend(prompt)
+        return real(self, pipe, prompt, max_sequence_length)
+
+    monkeypatch.setattr(EncodePrompt, "process", recorded)
+    module = train_tiny(flux_folder, data, tmp_path, lora_base_model="text_encoder", lora_target_modules="q_proj",
+                        num_epochs=2, batch_size=2)
+    assert len(seen) == 6
+    assert len(set(seen)) == 3
+    assert all("picture" in prompt for prompt in seen)
+    trained = module.trainable_parameters()
+    assert any(parameter.abs().max() > 0 for name, parameter in trained.items() if "lora_B" in name)
+
+
+def test_autoencoder_can_be_trained(flux_folder, data, tmp_path):
+    module = train_tiny(flux_folder, data, tmp_path, lora_base_model=None, lora_target_modules="", lora_rank=32,
+                        trainable_models="vae", max_steps=1)
+    assert module.trainable_models() == ["vae"]
+    assert (tmp_path / "step-1.safetensors").exists()
+
+
+def test_full_model_and_lora_are_kept_together(flux_folder, data, tmp_path):
+    train_tiny(flux_folder, data, tmp_path, trainable_models="text_encoder", save_steps=1, keep_checkpoints=1)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-3-lora.safetensors", "step-3.safetensors"]
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (dict(trainable_models="dit"), "both in trainable_models and the lora_base_model"),
+    (dict(lora_dora=True, fp8_models=("dit",)), "lora_dora needs"),
+    (dict(optimizer="LBFGS"), "several times in one step"),
+    (dict(task="sft:train", cache="off"), "leave --cache at auto"),
+])
+def test_contradicting_options_are_refused(flux_folder, data, tmp_path, options, message):
+    with pytest.raises(UserError, match=message):
+        train_tiny(flux_folder, data, tmp_path, **options)
+
+
+def test_sizes_share_steps_in_the_same_way_whatever_the_batch_size(flux_folder, tmp_path):
+    data = make_dataset(tmp_path / "pictures", count=8, sizes=[(64, 48), (48, 64), (32, 32)])
+    seen = []
+    for batch_size, accumulation in ((1, 2), (2, 1)):
+        out = tmp_path / f"batch{batch_size}"
+        module = train_tiny(
+            flux_folder, data, out, height=None, width=None, max_pixels=4096, batch_size=batch_size, max_steps=4,
+            gradient_accumulation_steps=accumulation, optimizer="SGD", learning_rate=1.0, weight_decay=0.0,
+            max_grad_norm=0.0)
+        seen.append(module.trainable_parameters())
+    for name, parameter in seen[0].items():
+        assert torch.allclose(parameter, seen[1][name], rtol=0, atol=1e-6), name
+
+
+def test_bad_picture_in_a_worker_is_one_sentence(flux_folder, tmp_path):
+    data = make_dataset(tmp_path / "pictures", count=2)
+    path = data / "image_1.png"
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(UserError, match=r"image_1\.png") as error:
+        train_tiny(flux_folder, data, tmp_path / "out", cache="off", dataset_num_workers=1)
+    assert "Traceback" not in str(error.value)
+
+
+def test_float8_text_encoder_trains(flux_folder, data, tmp_path):
+    module = train_tiny(flux_folder, data, tmp_path, max_steps=1, fp8_models=("text_encoder_2", "dit"))
+    weights = {parameter.dtype for name, parameter in module.pipe.dit.named_parameters() if "proj_mlp.base" in name}
+    assert len(losses(tmp_path)) == 1
+    assert torch.float8_e4m3fn in {parameter.dtype for parameter in module.pipe.dit.parameters()} | weights
+
+
+def test_option_that_a_module_of_ones_own_would_ignore_is_refused(tmp_path):
+    import accelerate
+
+    from diffsynth.diffusion.logger import ModelLogger
+    from diffsynth.diffusion.runner import launch_training_task
+    from diffsynth.diffusion.training_module import DiffusionTrainingModule
+
+    with pytest.raises(UserError, match="timestep_sampling has no effect on DiffusionTrainingModule"):
+        launch_training_task(
+            accelerate.Accelerator(cpu=True), [], DiffusionTrainingModule(), ModelLogger(tmp_path / "out"),
+            timestep_sampling="uniform")

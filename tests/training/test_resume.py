@@ -72,9 +72,22 @@ def test_damaged_state_is_passed_over_for_an_older_complete_one(flux_folder, tmp
     weights = newest / "weights.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"?")
     assert not verify_state(newest)
-    assert find_state(tmp_path / "run", "auto") is None
-    with pytest.raises(UserError, match="damaged"):
-        find_state(tmp_path / "run", str(newest))
+    for resume in ("auto", str(newest)):
+        with pytest.raises(UserError, match="damaged"):
+            find_state(tmp_path / "run", resume)
+    copy = newest.with_name("step-1")
+    train_tiny(flux_folder, data, tmp_path / "other", save_steps=1, max_steps=1)
+    (tmp_path / "other" / "state" / "step-1").rename(copy)
+    assert find_state(tmp_path / "run", "auto") == copy
+
+
+def test_resume_refuses_another_data_set(flux_folder, tmp_path):
+    data = make_dataset(tmp_path / "pictures", count=3)
+    train_tiny(flux_folder, data, tmp_path / "run", save_steps=1, max_steps=2)
+    lines = (data / "metadata.csv").read_text(encoding="utf-8").splitlines()
+    (data / "metadata.csv").write_text("\n".join(lines[:2]) + "\n", encoding="utf-8")
+    with pytest.raises(UserError, match="items of the data set: 3 -> 1"):
+        train_tiny(flux_folder, data, tmp_path / "run", save_steps=1, max_steps=3, resume="auto")
 
 
 def test_resume_refuses_options_that_would_make_it_another_run(flux_folder, tmp_path):

@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..errors import UserError
@@ -41,7 +42,7 @@ class CacheStore:
         """
         try:
             return load_file(self.path(key))
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(
                 f"cache entry {self.path(key)} cannot be read ({error}); delete it and start again."
             ) from error

@@ -36,8 +36,10 @@ def store_in_fp8(network: torch.nn.Module) -> None:
     Norms, embeddings, biases and convolutions keep their dtype: they are small, and sensitive. Call it before adapters
     are injected.
     """
-    for layer in network.modules():
-        if type(layer) is torch.nn.Linear:
+    # layers whose dtype the network itself looks at, such as T5's second feed-forward layer
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for name, layer in network.named_modules():
+        if type(layer) is torch.nn.Linear and not kept & set(name.split(".")):
             layer.__class__ = Fp8Linear
             layer.weight.requires_grad_(False)
             layer.weight.data = layer.weight.data.to(torch.float8_e4m3fn)

@@ -136,7 +136,7 @@ def test_pictures_of_different_sizes_cannot_share_a_batch():
     (dict(width=41), "width 41 is not a multiple of 16; the nearest that is: 48"),
     (dict(height=0), "height 0"),
     (dict(num_inference_steps=0), "at least 1"),
-    (dict(denoising_strength=1.5), "denoising_strength 1.5"),
+    (dict(denoising_strength=1.5), "at most 1, got 1.5"),
     (dict(prompt=[]), "empty"),
     (dict(prompt=["a", "b"], negative_prompt=["c"]), "1 entries for 2 prompts"),
     (dict(output_type="jpeg"), "'jpeg'"),
