@@ -1,7 +1,7 @@
 """LoRA steps on a FLUX.1-dev-size transformer with random weights made on the GPU: peak memory and seconds per step.
 
-``python benchmarks/gpu_flux.py`` needs a GPU of about 32 GB; ``--tiny`` shows on a CPU that the script works. The forward
-pass is that of our training on a filled cache: neither text encoders nor autoencoder are in memory.
+``python benchmarks/gpu_flux.py`` needs a GPU of about 32 GB; ``--tiny`` shows on a CPU that the script works. The
+forward pass is that of our training on a filled cache: neither text encoders nor autoencoder are in memory.
 """
 
 from __future__ import annotations
@@ -90,8 +90,8 @@ def measure(options: argparse.Namespace, device: torch.device, compiled: bool) -
     return dict(
         compiled=compiled, step_s=round(median(seconds[NUM_WARMUP_STEPS:]), 4), first_step_s=round(seconds[0], 1),
         peak_gb=round(peak_gb, 2), reserved_gb=round(reserved_gb, 2), loaded_gb=round(loaded_gb, 2),
-        num_parameters=sum(p.numel() for p in transformer.parameters()), num_trainable=sum(p.numel() for p in parameters),
-        loss=loss.item(),
+        num_parameters=sum(p.numel() for p in transformer.parameters()),
+        num_trainable=sum(p.numel() for p in parameters), loss=loss.item(),
     )
 
 

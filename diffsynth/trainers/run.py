@@ -302,14 +302,13 @@ def fp8_components(config: TrainConfig, pipe: BasePipeline) -> tuple[str, ...]:
 
 @collector_paused()  # torch is imported here
 def relaunch_on_all_gpus(
-    device: str, command: Sequence[str], launcher_options: Sequence[str] = (), check: Callable[[], object] | None = None
+    device: str, command: Sequence[str], check: Callable[[], object] | None = None
 ) -> bool:
     """Start this command again under ``accelerate launch`` when several GPUs are visible and no launcher was used.
 
     Args:
         device: The ``device`` option; a particular device is used alone.
         command: What python runs, for example ``["train.py", "--lora_rank", "8"]`` or ``["-m", "diffsynth", ...]``.
-        launcher_options: Further options of ``accelerate launch``; when there are any, it is used for one GPU too.
         check: Called before the command is started again, so that bad input is reported once.
     Returns:
         Whether it was started again; the caller is then done. A failure ends this process with the same exit code.
@@ -319,17 +318,15 @@ def relaunch_on_all_gpus(
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if count < 2 and not launcher_options:
+    if count < 2:
         return False
     if check is not None:
         check()
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1",
-                "--num_processes", str(max(count, 1)), "--dynamo_backend", "no"]
-    if count > 1 and not launcher_options:
-        launcher.append("--multi_gpu")
+                "--num_processes", str(count), "--dynamo_backend", "no", "--multi_gpu"]
     is_module = command[0] == "-m"
     words = ["--module", *command[1:]] if is_module else list(command)
-    finished = subprocess.run([*launcher, *launcher_options, *words], check=False)
+    finished = subprocess.run([*launcher, *words], check=False)
     if finished.returncode:
         sys.exit(finished.returncode)
     return True

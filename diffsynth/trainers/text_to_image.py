@@ -166,15 +166,15 @@ def run(options: TextToImageOptions, words: Sequence[str] = ()) -> None:
     Raises:
         UserError: an option, a file or the data set is not as it must be; nothing has been written then.
     """
+    _check_strategy(options.training_strategy)
     if options.modelscope_model_id:
         _check_upload(options)
     if not options.pretrained_paths():
         names = [name for name in type(options).model_fields if _is_path_option(name)]
         raise UserError(f"no model is given; set {', '.join(f'--{name}' for name in names)}.")
-    launcher_options = _launcher_options(options.training_strategy)
     config = options.to_config(next_version_folder(Path(options.output_path)))
     family, configs, dataset = check_run(config)
-    if relaunch_on_all_gpus(options.device, [sys.argv[0], *words], launcher_options):
+    if relaunch_on_all_gpus(options.device, [sys.argv[0], *words]):
         return
     accelerator = build_accelerator(config)
     model = build_model(config, family, configs, accelerator.device)
@@ -242,10 +242,9 @@ def _shared_version_folder(output_path: Path) -> Path:
     return Path(chosen[0])
 
 
-def _launcher_options(strategy: str) -> list[str]:
-    if strategy == "auto":
-        return []
-    raise UserError(f"--training_strategy {strategy} is not supported yet; use auto, which takes all visible GPUs.")
+def _check_strategy(strategy: str) -> None:
+    if strategy != "auto":
+        raise UserError(f"--training_strategy {strategy} is not supported yet; use auto, which takes all visible GPUs.")
 
 
 def _check_upload(options: TextToImageOptions) -> None:

@@ -82,13 +82,8 @@ def test_one_gpu_needs_no_launcher(launched, monkeypatch):
     assert not run.relaunch_on_all_gpus("auto", ["train.py"])
 
 
-def test_deepspeed_strategy_goes_to_the_launcher_even_on_one_gpu(launched, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert run.relaunch_on_all_gpus("auto", ["train.py"], ["--use_deepspeed", "--zero_stage", "2"])
-    args = parsed(launched[0])
-    assert (args.use_deepspeed, args.zero_stage, args.num_processes, args.multi_gpu) == (True, 2, 1, False)
-
-
-def test_deepspeed_strategy_without_the_package_says_how_to_get_it():
-    with pytest.raises(UserError, match=r"pip install 'diffsynth\[deepspeed\]'"):
-        text_to_image._launcher_options("deepspeed_stage_2")
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
+def test_deepspeed_strategies_are_refused_by_name(stage):
+    options = text_to_image.TextToImageOptions(dataset_path="data", training_strategy=f"deepspeed_stage_{stage}")
+    with pytest.raises(UserError, match=f"deepspeed_stage_{stage} is not supported yet; use auto"):
+        text_to_image.run(options)
