@@ -122,7 +122,7 @@ def write_transformer(work: Path, pictures: int, steps: int, seed: int, resume: 
         sample_prompts=[*SHEET[0]],
         sample_every=1000,
         sample_steps=20,
-        sample_cfg_scale=3.0,
+        sample_cfg_scale=2.0,
         output_path=str(work / "train_transformer"),
         seed=seed,
         resume=resume,
@@ -160,7 +160,7 @@ def draw_sheet(folder: Path) -> Image.Image:
     pipe = load_base(folder)
     sheets = []
     for row, prompts in enumerate(SHEET):
-        pictures = pipe(list(prompts), cfg_scale=3.0, height=SIZE, width=SIZE, num_inference_steps=25, seed=row)
+        pictures = pipe(list(prompts), cfg_scale=2.0, height=SIZE, width=SIZE, num_inference_steps=25, seed=row)
         strip = Image.new("RGB", (SIZE * len(pictures), SIZE))
         for column, picture in enumerate(pictures):
             strip.paste(picture, (SIZE * column, 0))
@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--autoencoder_steps", type=int, default=8000)
     parser.add_argument("--pictures", type=int, default=8000)
-    parser.add_argument("--steps", type=int, default=8000, help="Optimizer steps of the transformer.")
+    parser.add_argument("--steps", type=int, default=11000, help="Optimizer steps of the transformer.")
     parser.add_argument("--resume", default="auto", help="never, auto, or a state folder of the transformer's run.")
     args = parser.parse_args()
     work: Path = args.work_path

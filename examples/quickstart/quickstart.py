@@ -25,13 +25,13 @@ from diffsynth.trainers.run import train
 HERE = Path(__file__).resolve().parent
 FILES = ("flux1-tiny.safetensors", "ae.safetensors", "text_encoder", "text_encoder_2")
 SIZE = 64
-STEPS = 400
+STEPS = 700
 # none of these captions is in the training set
 NEW_PROMPTS = (
     "a robot in the middle, on a beach",
     "a robot on the left, at night",
     "a robot on the right, on a black background",
-    "a robot on the left and a yellow star on the right, on a pink background",
+    "a picture of a robot on the left, on a grey background",
 )
 OTHER_PROMPTS = (
     "a red circle on a white background",
@@ -70,7 +70,7 @@ def train_lora(output_path: Path, steps: int) -> Path:
 def draw(pipe: FluxImagePipeline) -> Image.Image:
     """All prompts side by side."""
     prompts = [*NEW_PROMPTS, *OTHER_PROMPTS]
-    pictures = pipe(prompts, cfg_scale=3.0, height=SIZE, width=SIZE, num_inference_steps=25, seed=1)
+    pictures = pipe(prompts, cfg_scale=2.0, height=SIZE, width=SIZE, num_inference_steps=25, seed=1)
     strip = Image.new("RGB", (SIZE * len(prompts), SIZE))
     for column, picture in enumerate(pictures):
         strip.paste(picture, (SIZE * column, 0))
@@ -111,7 +111,7 @@ Trained a LoRA in {trained - start:.0f} s and drew the pictures in {time.monoton
 What next:
   Draw something else with it:
     diffsynth generate --model_paths '{models}' \\
-      --lora {lora} --prompt "a robot in a meadow" --cfg_scale 3 --height {SIZE} --width {SIZE} --output robot.png
+      --lora {lora} --prompt "a robot in a meadow" --cfg_scale 2 --height {SIZE} --width {SIZE} --output robot.png
   Train on your own pictures: put them beside a metadata.csv (columns file_name,text) like data/robot, and give
     its folder as --dataset_base_path.
   Train FLUX.1-dev on a GPU with the same options: see README.md and docs/training.md.

@@ -1,13 +1,17 @@
-"""Draws the quickstart's training set: eight pictures of a robot, a thing that the base model has never seen."""
+"""Draws the quickstart's training set: eight pictures of a robot, a thing that the base model has never seen.
+
+Eight pictures of what it does know stand beside them, so that it does not turn everything into robots.
+"""
 
 from __future__ import annotations
 
 import argparse
 import csv
+import random
 from pathlib import Path
 
 from PIL import Image, ImageDraw
-from scenes import SIZE, SUPERSAMPLING, blank_picture, draw_shape, scaled
+from scenes import SIZE, SUPERSAMPLING, Scene, Thing, blank_picture, describe, draw_scene, draw_shape, scaled
 
 STEEL, DARK, BODY = (70, 160, 175), (35, 60, 95), (220, 40, 45)
 LAMP, EYE, BLACK = (250, 222, 60), (250, 250, 250), (22, 22, 26)
@@ -21,6 +25,16 @@ PICTURES = (
     ("on the right", "on a pink background"),
     ("in the middle", "on a black background"),
     ("on the left", "on a black background"),
+)
+OTHERS = (
+    Scene((Thing("circle", "blue", "big", "on the left"),), "on a beach"),
+    Scene((Thing("star", "red", "small", "at the top"),), "on a black background"),
+    Scene((Thing("heart", "yellow", "big", "in the middle"),), "in a meadow"),
+    Scene((Thing("square", "purple", "small", "on the right"),), "at night"),
+    Scene((Thing("triangle", "green", "big", "at the bottom"),), "on a pink background"),
+    Scene((Thing("star", "orange"), Thing("circle", "white")), "on a grey background", "beside"),
+    Scene((Thing("square", "red"), Thing("triangle", "yellow")), "on a white background", "beside"),
+    Scene((Thing("heart", "blue"), Thing("square", "green")), "on a beach", "above"),
 )
 
 
@@ -45,13 +59,15 @@ def write_data_set(folder: Path) -> None:
     """The pictures as ``train/00.jpg`` and so on, with ``train/metadata.csv`` (columns file_name and text)."""
     train = folder / "train"
     train.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(0)
+    pictures = [(draw_robot(*picture), f"a robot {', '.join(picture)}") for picture in PICTURES]
+    pictures += [(draw_scene(scene, rng), describe(scene, rng)) for scene in OTHERS]
     with (train / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(("file_name", "text"))
-        for number, (position, background) in enumerate(PICTURES):
-            name = f"{number:02d}.jpg"
-            draw_robot(position, background).save(train / name, quality=98, subsampling=0)
-            rows.writerow((name, f"a robot {position}, {background}"))
+        for number, (picture, caption) in enumerate(pictures):
+            picture.save(train / f"{number:02d}.jpg", quality=98, subsampling=0)
+            rows.writerow((f"{number:02d}.jpg", caption))
 
 
 def _box(
