@@ -205,6 +205,11 @@ class _Task:
     def run(self) -> None:
         """Train to the end."""
         with ExitStack() as stack:
+            if self.accelerator.mixed_precision != "no" and self.model.lora_models and not self.config.lora_dora:
+                from peft.helpers import disable_input_dtype_casting
+
+                # autocast sees to the dtypes; peft's own cast would keep a copy of the input for every layer
+                stack.enter_context(disable_input_dtype_casting(self.model))
             if self.is_main:
                 self.files.start(self.config, self.progress.step)
                 stack.callback(self.files.close)

@@ -173,11 +173,6 @@ class PipelineTrainingModule(DiffusionTrainingModule):
                                        leave_out=pipe.denoiser_models)
         else:
             self._switch_to_training_mode()
-        if config.mixed_precision != "no":
-            # autocast takes care of the dtypes; peft's own cast would keep a copy of the input for every layer
-            for layer in self.modules():
-                if hasattr(layer, "cast_input_dtype_enabled"):
-                    layer.cast_input_dtype_enabled = False  # type: ignore[assignment]
         self.prefix: FrozenPrefix = frozen_prefix(pipe.units, self.trainable_models(), pipe.denoiser_models)
         self.prefix_cached = False
 

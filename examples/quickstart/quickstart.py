@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import sys
 import time
 from pathlib import Path
 
@@ -70,7 +71,9 @@ def train_lora(output_path: Path, steps: int) -> Path:
 def draw(pipe: FluxImagePipeline) -> Image.Image:
     """All prompts side by side."""
     prompts = [*NEW_PROMPTS, *OTHER_PROMPTS]
-    pictures = pipe(prompts, cfg_scale=2.0, height=SIZE, width=SIZE, num_inference_steps=25, seed=1)
+    pictures = pipe(
+        prompts, cfg_scale=2.0, height=SIZE, width=SIZE, num_inference_steps=25, seed=1, progress_bar_cmd=iter
+    )
     strip = Image.new("RGB", (SIZE * len(prompts), SIZE))
     for column, picture in enumerate(pictures):
         strip.paste(picture, (SIZE * column, 0))
@@ -101,6 +104,7 @@ def main() -> None:
     sheet = args.output_path / "before_after.png"
     compare(lora, sheet)
     models = json.dumps([str(HERE / "base" / name) for name in FILES])
+    command = Path(sys.executable).with_name("diffsynth")
     print(
         f"""
 Trained a LoRA in {trained - start:.0f} s and drew the pictures in {time.monotonic() - trained:.0f} s.
@@ -110,7 +114,7 @@ Trained a LoRA in {trained - start:.0f} s and drew the pictures in {time.monoton
 
 What next:
   Draw something else with it:
-    diffsynth generate --model_paths '{models}' \\
+    {command} generate --model_paths '{models}' \\
       --lora {lora} --prompt "a robot in a meadow" --cfg_scale 2 --height {SIZE} --width {SIZE} --output robot.png
   Train on your own pictures: put them beside a metadata.csv (columns file_name,text) like data/robot, and give
     its folder as --dataset_base_path.
