@@ -26,7 +26,7 @@ from diffsynth.trainers.run import train
 HERE = Path(__file__).resolve().parent
 FILES = ("flux1-tiny.safetensors", "ae.safetensors", "text_encoder", "text_encoder_2")
 SIZE = 64
-STEPS = 700
+STEPS = 1000
 # none of these captions is in the training set
 NEW_PROMPTS = (
     "a robot in the middle, on a beach",
