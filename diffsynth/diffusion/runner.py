@@ -10,17 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Progress as ProgressBar
-from rich.progress import Task as BarTask
-from rich.text import Text
 
 from ..config import TrainConfig
 from ..core import random
@@ -39,6 +28,7 @@ from .frozen_cache import CachedDataset, encode_job, plan_cache
 from .logger import ModelLogger
 from .optim import build_lr_scheduler, build_optimizer
 from .previews import Previews
+from .progress import progress_bar, track
 from .step_plan import MicroBatch, RequestedItems, StepPlan, load_windows
 from .training_module import DiffusionTrainingModule, PipelineTrainingModule
 
@@ -215,7 +205,7 @@ class _Task:
                 stack.callback(self.files.close)
             if self.previews and self.progress.step == 0:
                 self.draw_previews()
-            bar = stack.enter_context(_progress_bar(self.is_main))
+            bar = stack.enter_context(progress_bar(self.is_main))
             bar_task = bar.add_task("training", total=self.total_steps, completed=self.progress.step, loss="")
             train(self, lambda loss: bar.update(bar_task, completed=self.progress.step, loss=f"loss {loss:.4f}"))
             if self.is_main:
@@ -276,8 +266,8 @@ def fill_cache(accelerator: Accelerator, dataset: Any, model: Any, config: Train
         raise UserError(f"the cache {folder} lacks {len(missing)} of {len(plan.jobs)} items; fill it first with "
                         "the same options and --task sft:data_process.")
     if share := plan.missing(accelerator.process_index, accelerator.num_processes):
-        with _progress_bar(accelerator.is_main_process) as bar, _moved_away(model.pipe):
-            for job in _track(bar, share):
+        with progress_bar(accelerator.is_main_process) as bar, _moved_away(model.pipe):
+            for job in track(bar, share):
                 encode_job(model, dataset, plan.store, job)
     accelerator.wait_for_everyone()
     logger.info("cache %s: %d of %d items had to be encoded by this process", folder, len(share), len(plan.jobs))
@@ -375,27 +365,3 @@ def _buckets(dataset: Any, step_size: int) -> Sequence[Any]:
     if step_size == 1 or not hasattr(dataset, "bucket"):
         return [None] * len(dataset)
     return [dataset.bucket(item) for item in range(len(dataset))]
-
-
-def _track(bar: ProgressBar, jobs: list) -> Iterator:
-    task = bar.add_task("encoding", total=len(jobs), loss="")
-    for job in jobs:
-        yield job
-        bar.advance(task)
-
-
-class _SpeedColumn(ProgressColumn):
-    """Steps per second, or seconds per step when they are slow."""
-
-    def render(self, task: BarTask) -> Text:
-        if not task.speed:
-            return Text("")
-        return Text(f"{task.speed:.1f}/s" if task.speed >= 1 else f"{1 / task.speed:.1f} s each")
-
-
-def _progress_bar(enabled: bool) -> ProgressBar:
-    return ProgressBar(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _SpeedColumn(), TimeElapsedColumn(),
-        TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"), disable=not enabled,
-        refresh_per_second=2,  # at rich's own 10 the bar takes 1 % of a core
-    )
