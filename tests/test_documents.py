@@ -142,8 +142,11 @@ def test_printed_commands_are_accepted():
 
 
 def test_printed_yaml_is_a_configuration():
-    for block in blocks("yaml"):
-        TrainConfig(**yaml.safe_load(block.text))
+    printed = list(blocks("yaml"))
+    assert printed
+    for block in printed:
+        options = yaml.safe_load(block.text)
+        assert set(options) <= set(TrainConfig(**options).model_fields_set)
 
 
 def ours_in(tree: ast.Module) -> dict[str, Any]:

@@ -168,8 +168,8 @@ class _Task:
         model = self.model
         if self.config.task == "sft" and not _can_cache(model, self.config):
             return dataset
-        assert isinstance(model, PipelineTrainingModule)
         cached = fill_cache(self.accelerator, dataset, model, self.config)
+        assert isinstance(model, PipelineTrainingModule)
         model.prefix_cached = True
         kept = ("vae",) if self.previews else ()
         model.pipe.release(name for name in model.prefix.released_models if name not in kept)
@@ -294,7 +294,8 @@ def train(task: _Task, report: Any) -> None:
             progress.step_in_epoch += 1
             row = dict(step=progress.step, epoch=progress.epoch, loss=loss.item(), lr=learning_rate,
                        grad_norm=grad_norm.item() if torch.isfinite(grad_norm) else None, items=len(window))
-            task.files.log(row) if task.is_main else None
+            if task.is_main:
+                task.files.log(row)
             report(row["loss"])
             ended = progress.step_in_epoch == plan.steps_per_epoch
             epoch_that_ended = progress.epoch if ended else None

@@ -29,6 +29,10 @@ class DiffusionTrainingModule(torch.nn.Module):
     """
 
     pipe: BasePipeline
+    full_models: Sequence[str] = ()
+    """Components that are trained fully."""
+    lora_models: Sequence[str] = ()
+    """Components that a LoRA is trained for."""
 
     def switch_pipe_to_training_mode(
         self,

@@ -89,7 +89,9 @@ def test_older_option_becomes(flux_options, line, name, value):
     "--training_strategy deepspeed_stage_3", "--modelscope_model_id me/dog --modelscope_access_token x",
 ])
 def test_older_option_is_accepted(line):
-    TextToImageOptions.from_command_line(["--dataset_path", "data/dog", *line.split()])
+    words = line.split()
+    options = TextToImageOptions.from_command_line(["--dataset_path", "data/dog", *words])
+    assert getattr(options, words[0].removeprefix("--")) == words[1]
 
 
 def test_every_older_option_has_a_place():

@@ -30,14 +30,6 @@ def open_dataset(base: Path, keys="image", operator=None, **options) -> UnifiedD
     return UnifiedDataset(base, data_file_keys=keys, main_data_operator=operator, **options)
 
 
-def image_bytes(image: Image.Image) -> bytes:
-    return np.asarray(image).tobytes()
-
-
-def keep(batch: list) -> list:
-    return batch
-
-
 def brightness(image: Image.Image) -> float:
     return float(np.asarray(image).mean())
 
