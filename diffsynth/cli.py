@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from . import __version__
@@ -14,9 +14,17 @@ from .core.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Command:
-    """One word after ``diffsynth``."""
+    """One word after ``diffsynth``, or after a word that groups several commands."""
 
     run: Callable[[Sequence[str]], None]
+    summary: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """A word that is followed by a command, such as ``cache`` in ``diffsynth cache stats``."""
+
+    commands: Mapping[str, Command]
     summary: str
 
 
@@ -32,23 +40,31 @@ def dispatch(words: Sequence[str]) -> None:
     Raises:
         UserError: there is no such command, or the command was given bad input.
     """
-    if not words or words[0] in ("-h", "--help"):
-        sys.stdout.write(_overview())
-        return
-    if words[0] == "--version":
+    if words and words[0] == "--version":
         sys.stdout.write(f"diffsynth {__version__}\n")
         return
-    if words[0] not in COMMANDS:
-        raise UserError(f"unknown command {words[0]!r}; known: {', '.join(COMMANDS)}."
-                        f"{did_you_mean(words[0], COMMANDS)}")
-    COMMANDS[words[0]].run(words[1:])
+    _choose(words, COMMANDS, "diffsynth", "Train and run diffusion models.")
 
 
-def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    listed = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items())
-    return (f"usage: diffsynth COMMAND [OPTIONS]\n\nTrain and run diffusion models.\n\ncommands:\n{listed}\n\n"
-            f"'diffsynth COMMAND --help' lists the options of a command.\n")
+def _choose(words: Sequence[str], commands: Mapping[str, Command | Group], called: str, summary: str) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        sys.stdout.write(_overview(commands, called, summary))
+        return
+    if words[0] not in commands:
+        raise UserError(f"unknown command {words[0]!r}; known: {', '.join(commands)}."
+                        f"{did_you_mean(words[0], commands)}")
+    chosen = commands[words[0]]
+    if isinstance(chosen, Group):
+        _choose(words[1:], chosen.commands, f"{called} {words[0]}", f"{chosen.summary.capitalize()}.")
+    else:
+        chosen.run(words[1:])
+
+
+def _overview(commands: Mapping[str, Command | Group], called: str, summary: str) -> str:
+    width = max(map(len, commands))
+    listed = "\n".join(f"  {name:<{width}}  {command.summary}" for name, command in commands.items())
+    return (f"usage: {called} COMMAND [OPTIONS]\n\n{summary}\n\ncommands:\n{listed}\n\n"
+            f"'{called} COMMAND --help' lists the options of a command.\n")
 
 
 def _train(words: Sequence[str]) -> None:
@@ -106,7 +122,7 @@ def _download(words: Sequence[str]) -> None:
         sys.stdout.write(f"{path}\n")
 
 
-COMMANDS: dict[str, Command] = {
+COMMANDS: dict[str, Command | Group] = {
     "train": Command(_train, "train a LoRA or a model on pictures with captions"),
     "generate": Command(_generate, "draw pictures from a prompt"),
     "inspect": Command(_inspect, "say what is in a checkpoint, a LoRA file or a data set"),

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+pytest_plugins = ["tests.contract_table"]
 
 
 @pytest.fixture(scope="session")

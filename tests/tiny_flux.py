@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from tests.contract.tiny import TinyFamily
+
 SENTENCES = [
     "a dog", "a cat", "a dog is jumping, flowers around the dog, the background is mountains and clouds",
     "a photo of a red circle on a blue background", "two green squares and a yellow star", "bad quality, doll, toy",
@@ -108,3 +110,15 @@ def model_files(folder: Path) -> list[str]:
     """The model files of the older page's inference script, in its order."""
     return [str(folder / name) for name in (
         "text_encoder/model.safetensors", "text_encoder_2", "ae.safetensors", "flux1-dev.safetensors")]
+
+
+def make(folder: Path) -> Path:
+    """The files of the older page, made on the spot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return save_original_layout(build_pipeline(folder / "tokenizers"), folder / "FLUX" / "FLUX.1-dev")
+
+
+TINY = TinyFamily(
+    name="flux", make=make, model_files=model_files,
+    options=dict(lora_base_model="dit", lora_target_modules="to_q,to_k,to_v", max_sequence_length=16),
+)

@@ -1,12 +1,9 @@
-"""The training loop, and what is set up before it."""
+"""The training loop."""
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from pathlib import Path
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,41 +11,16 @@ import torch
 from ..config import TrainConfig
 from ..core import random
 from ..core.errors import RunStopped, UserError
-from ..core.loader import model_base_path
-from .checkpoint import (
-    Progress,
-    TrainingState,
-    check_output_folder,
-    find_state,
-    load_state,
-    refuse_changed_options,
-    save_state,
-)
-from .frozen_cache import CachedDataset, encode_job, plan_cache
+from .cache_fill import fill_cache
+from .checkpoint import check_output_folder
 from .logger import ModelLogger
-from .optim import build_lr_scheduler, build_optimizer
-from .previews import Previews
-from .progress import progress_bar, track
-from .step_plan import MicroBatch, RequestedItems, StepPlan, load_windows
+from .progress import progress_bar
+from .step_plan import MicroBatch, load_windows
+from .task import TrainingTask
 from .training_module import DiffusionTrainingModule, PipelineTrainingModule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from .base_pipeline import BasePipeline
-
-logger = logging.getLogger(__name__)
-
-OPTIONS_THAT_MAY_CHANGE = frozenset((
-    "output_path", "resume", "device", "dataset_num_workers", "num_epochs", "max_steps", "save_steps",
-    "keep_checkpoints", "logger", "cache", "cache_path", "sample_prompts", "sample_every", "sample_steps",
-    "sample_cfg_scale", "find_unused_parameters", "use_gradient_checkpointing", "use_gradient_checkpointing_offload",
-    "dataset_base_path", "dataset_metadata_path", "model_paths", "tokenizer_path", "lora_format",
-    "remove_prefix_in_ckpt", "checkpoint_names", "batch_size", "gradient_accumulation_steps",
-))
-"""Options that a resumed run may change, because they change what is written or how fast, not what is learned. Batch
-size and accumulation may change against each other; their product is compared on its own."""
-
 
 OPTIONS_OF_THE_LOOP = frozenset((
     "learning_rate", "num_epochs", "max_steps", "steps_per_epoch", "batch_size", "seed", "optimizer", "optimizer_args",
@@ -91,23 +63,9 @@ def launch_training_task(
     # no process may write before the others have looked
     accelerator.wait_for_everyone()
     model_logger.check_format(model)
-    task = _Task(accelerator, dataset, model, model_logger, config)
+    task = TrainingTask(accelerator, dataset, model, model_logger, config)
     task.resume()
-    task.run()
-
-
-@contextmanager
-def _moved_away(pipe: BasePipeline) -> Iterator[None]:
-    """Keep the denoiser off the GPU while the encoders need the room."""
-    denoiser = pipe.denoiser
-    if denoiser is None or pipe.device.type == "cpu":
-        yield
-        return
-    denoiser.to("cpu")
-    try:
-        yield
-    finally:
-        denoiser.to(pipe.device)
+    run(task)
 
 
 def _refuse_ignored_options(model: Any, options: dict[str, Any]) -> None:
@@ -119,162 +77,28 @@ def _refuse_ignored_options(model: Any, options: dict[str, Any]) -> None:
                             "the ModelLogger is built.")
 
 
-class _Task:
-    """One training run: what the loop works with, set up in order."""
+def run(task: TrainingTask) -> None:
+    """Train to the end, with everything open that the loop writes to."""
+    with ExitStack() as stack:
+        if task.accelerator.mixed_precision != "no" and task.model.lora_models and not task.config.lora_dora:
+            from peft.helpers import disable_input_dtype_casting
 
-    def __init__(
-        self, accelerator: Accelerator, dataset: Any, model: DiffusionTrainingModule, model_logger: ModelLogger,
-        config: TrainConfig,
-    ) -> None:
-        self.accelerator, self.model, self.files, self.config = accelerator, model, model_logger, config
-        self.is_main = accelerator.is_main_process
-        self.parameters = model.trainable_parameters()
-        optimizer = build_optimizer(self.parameters.values(), config)
-        self.previews = self._prepare_previews()
-        dataset = self._cache(dataset)
-        self.items = RequestedItems(dataset, config.seed, config.caption_dropout)
-        self.plan = StepPlan(
-            _buckets(dataset, config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes),
-            batch_size=config.batch_size, accumulation_steps=config.gradient_accumulation_steps,
-            num_processes=accelerator.num_processes, rank=accelerator.process_index, seed=config.seed,
-            steps_per_epoch=config.steps_per_epoch,
-        )
-        self.total_steps = self.plan.steps_per_epoch * config.num_epochs
-        if config.max_steps:
-            self.total_steps = min(self.total_steps, config.max_steps)
-        self.lr_scheduler = build_lr_scheduler(optimizer, config, self.total_steps)
-        # frozen weights are read by every process from its own files: sending them costs time, and fails where the
-        # processes hold different ones (the VAE of the previews) or ones that cannot be sent (float8)
-        frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        model._ddp_params_and_buffers_to_ignore = [*frozen, *(name for name, _ in model.named_buffers())]  # type: ignore[assignment]
-        self.network, self.optimizer = accelerator.prepare(model, optimizer)
-        self.progress = Progress()
-
-    def _prepare_previews(self) -> Previews | None:
-        config = self.config
-        if not (config.sample_prompts and self.is_main and isinstance(self.model, PipelineTrainingModule)):
-            return None
-        pipe = self.model.pipe
-        side = math.isqrt(config.max_pixels)
-        return Previews(
-            pipe, config.sample_prompts, self.files.output_path,
-            height=config.height or side // pipe.height_division_factor * pipe.height_division_factor,
-            width=config.width or side // pipe.width_division_factor * pipe.width_division_factor,
-            num_inference_steps=config.sample_steps, cfg_scale=config.sample_cfg_scale, seed=config.seed,
-        )
-
-    def _cache(self, dataset: Any) -> Any:
-        """Encode the frozen prefix once, then let go of the models that only it needs."""
-        model = self.model
-        if self.config.task == "sft" and not _can_cache(model, self.config):
-            return dataset
-        cached = fill_cache(self.accelerator, dataset, model, self.config)
-        assert isinstance(model, PipelineTrainingModule)
-        model.prefix_cached = True
-        kept = ("vae",) if self.previews else ()
-        model.pipe.release(name for name in model.prefix.released_models if name not in kept)
-        return cached
-
-    def resume(self) -> None:
-        """Continue from the newest complete state, where the options say so and there is one."""
-        folder = find_state(self.files.output_path, self.config.resume)
-        if folder is None:
-            return
-        state = load_state(folder)
-        refuse_changed_options(state.options, self._fixed_options())
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(state.weights[name])
-        self.optimizer.load_state_dict(state.optimizer)
-        self.lr_scheduler.load_state_dict(state.lr_scheduler)
-        if self.accelerator.scaler is not None and state.scaler:
-            self.accelerator.scaler.load_state_dict(state.scaler)
-        self.progress = state.progress
-        logger.info("resumed from %s", folder)
-
-    def run(self) -> None:
-        """Train to the end."""
-        with ExitStack() as stack:
-            if self.accelerator.mixed_precision != "no" and self.model.lora_models and not self.config.lora_dora:
-                from peft.helpers import disable_input_dtype_casting
-
-                # autocast sees to the dtypes; peft's own cast would keep a copy of the input for every layer
-                stack.enter_context(disable_input_dtype_casting(self.model))
-            if self.is_main:
-                self.files.start(self.config, self.progress.step)
-                stack.callback(self.files.close)
-            if self.previews and self.progress.step == 0:
-                self.draw_previews()
-            bar = stack.enter_context(progress_bar(self.is_main))
-            bar_task = bar.add_task("training", total=self.total_steps, completed=self.progress.step, loss="")
-            train(self, lambda loss: bar.update(bar_task, completed=self.progress.step, loss=f"loss {loss:.4f}"))
-            if self.is_main:
-                self.files.flush()
-                self.files.draw_curve()
-
-    def save(self, epoch: int | None) -> None:
-        """Write the weights, then the state, on the main process; the others wait."""
-        if self.is_main:
-            self.files.flush()
-            self.files.save(self.model, step=self.progress.step, epoch=epoch)
-            scaler = self.accelerator.scaler
-            save_state(self.files.output_path / "state", TrainingState(
-                self.progress, {name: p.detach() for name, p in self.parameters.items()},
-                self.optimizer.state_dict(), self.lr_scheduler.state_dict(),
-                scaler.state_dict() if scaler is not None else {}, self._fixed_options(),
-            ))
-            self.files.draw_curve()
-        self.accelerator.wait_for_everyone()
-
-    def draw_previews(self) -> None:
-        if self.previews:
-            with self.accelerator.autocast():
-                self.previews.draw(self.progress.step)
-
-    def _fixed_options(self) -> dict[str, Any]:
-        options = {
-            name: value for name, value in self.config.model_dump(mode="json").items()
-            if name not in OPTIONS_THAT_MAY_CHANGE
-        }
-        if self.config.lr_scheduler in ("linear", "cosine"):
-            options["steps of the learning-rate schedule"] = self.total_steps
-        base_models = getattr(getattr(self.model, "pipe", None), "component_fingerprints", {})
-        return {**options, "items per step": self.plan.step_size, "items of the data set": len(self.plan.buckets),
-                "base models": dict(base_models)}
+            # autocast sees to the dtypes; peft's own cast would keep a copy of the input for every layer
+            stack.enter_context(disable_input_dtype_casting(task.model))
+        if task.is_main:
+            task.files.start(task.config, task.progress.step)
+            stack.callback(task.files.close)
+        if task.previews and task.progress.step == 0:
+            task.draw_previews()
+        bar = stack.enter_context(progress_bar(task.is_main))
+        bar_task = bar.add_task("training", total=task.total_steps, completed=task.progress.step, loss="")
+        train(task, lambda loss: bar.update(bar_task, completed=task.progress.step, loss=f"loss {loss:.4f}"))
+        if task.is_main:
+            task.files.flush()
+            task.files.draw_curve()
 
 
-def _can_cache(model: Any, config: TrainConfig) -> bool:
-    """Whether training can read cached outputs alone; a trained encoder reads the raw columns in every step."""
-    return (
-        config.cache != "off" and isinstance(model, PipelineTrainingModule)
-        and not any(unit.models for unit in model.prefix.remaining)
-    )
-
-
-def fill_cache(accelerator: Accelerator, dataset: Any, model: Any, config: TrainConfig) -> CachedDataset:
-    """Bring the cache of the frozen prefix up to date, all processes together.
-
-    Raises:
-        UserError: the module has nothing to cache, or ``sft:train`` finds entries missing.
-    """
-    if not _can_cache(model, config):
-        raise UserError(f"--task {config.task} works on the cache of encoded data; leave --cache at auto, and train no "
-                        "text encoder and no VAE.")
-    folder = Path(config.cache_path) if config.cache_path else model_base_path() / "cache"
-    plan = plan_cache(model, dataset, folder)
-    if config.task == "sft:train" and (missing := plan.missing()):
-        raise UserError(f"the cache {folder} lacks {len(missing)} of {len(plan.jobs)} items; fill it first with "
-                        "the same options and --task sft:data_process.")
-    if share := plan.missing(accelerator.process_index, accelerator.num_processes):
-        with progress_bar(accelerator.is_main_process) as bar, _moved_away(model.pipe):
-            for job in track(bar, share):
-                encode_job(model, dataset, plan.store, job)
-    accelerator.wait_for_everyone()
-    logger.info("cache %s: %d of %d items had to be encoded by this process", folder, len(share), len(plan.jobs))
-    return CachedDataset(dataset, plan)
-
-
-def train(task: _Task, report: Any) -> None:
+def train(task: TrainingTask, report: Any) -> None:
     """The loop: loss, backward, check, clip, step, schedule, log, save, preview."""
     progress, config, plan = task.progress, task.config, task.plan
     while progress.step < task.total_steps:
@@ -315,7 +139,7 @@ def _is_due(step: int, every: int) -> bool:
     return step % every == 0
 
 
-def accumulate_gradients(task: _Task, micro_batches: list[MicroBatch]) -> torch.Tensor:
+def accumulate_gradients(task: TrainingTask, micro_batches: list[MicroBatch]) -> torch.Tensor:
     """Sum the gradients of a window, weighted by items, and return its mean loss over all processes."""
     accelerator, config = task.accelerator, task.config
     total = torch.zeros((), device=accelerator.device)
@@ -339,7 +163,7 @@ def _backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
         loss.backward()
 
 
-def clip_gradients(task: _Task) -> torch.Tensor:
+def clip_gradients(task: TrainingTask) -> torch.Tensor:
     """Clip the gradients to ``max_grad_norm`` (0: never) and return their norm before, float32."""
     accelerator = task.accelerator
     if accelerator.scaler is not None:
@@ -348,7 +172,7 @@ def clip_gradients(task: _Task) -> torch.Tensor:
     return torch.nn.utils.clip_grad_norm_(task.parameters.values(), limit)
 
 
-def stop_unless_finite(task: _Task, window: list[int], loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+def stop_unless_finite(task: TrainingTask, window: list[int], loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
     """Raise ``RunStopped`` before a number that is not finite reaches the weights."""
     scaler = task.accelerator.scaler
     # the scaler of fp16 answers an overflow with a smaller scale and skips the step, until there is none smaller
@@ -359,10 +183,3 @@ def stop_unless_finite(task: _Task, window: list[int], loss: torch.Tensor, grad_
             f"numbers (items {window[:8]}); the weights were left as they were after step {task.progress.step}. "
             "Try a lower --learning_rate, or --mixed_precision no."
         )
-
-
-def _buckets(dataset: Any, step_size: int) -> Sequence[Any]:
-    """Which items can share a forward pass. It must not depend on how a step is divided, or the windows would."""
-    if step_size == 1 or not hasattr(dataset, "bucket"):
-        return [None] * len(dataset)
-    return [dataset.bucket(item) for item in range(len(dataset))]

@@ -120,7 +120,7 @@ def test_full_disk_while_saving_leaves_the_previous_checkpoint(flux_folder, tmp_
         return real_save(folder, training_state)
 
     monkeypatch.setattr(os, "fsync", full)
-    monkeypatch.setattr("diffsynth.diffusion.runner.save_state", second_save_fails)
+    monkeypatch.setattr("diffsynth.diffusion.task.save_state", second_save_fails)
     with pytest.raises(UserError, match=r"[Nn]o space|full"):
         train_tiny(flux_folder, data, tmp_path / "run", save_steps=1)
     state["full"] = False
