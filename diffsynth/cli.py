@@ -55,7 +55,7 @@ def _choose(words: Sequence[str], commands: Mapping[str, Command | Group], calle
                         f"{did_you_mean(words[0], commands)}")
     chosen = commands[words[0]]
     if isinstance(chosen, Group):
-        _choose(words[1:], chosen.commands, f"{called} {words[0]}", f"{chosen.summary.capitalize()}.")
+        _choose(words[1:], chosen.commands, f"{called} {words[0]}", f"{chosen.summary[0].upper()}{chosen.summary[1:]}.")
     else:
         chosen.run(words[1:])
 
@@ -96,6 +96,14 @@ def _generate(words: Sequence[str]) -> None:
     generate(config)
 
 
+def _replay(words: Sequence[str]) -> None:
+    from .trainers.replay import ReplayConfig, report
+
+    report(ReplayConfig.from_command_line(words, "diffsynth replay", """\
+  diffsynth replay models/dog/replay/step-120.safetensors
+  diffsynth replay step-120.safetensors --device cpu --json"""))
+
+
 def _inspect(words: Sequence[str]) -> None:
     from .config import InspectConfig
 
@@ -112,6 +120,17 @@ def _inspect(words: Sequence[str]) -> None:
         write_tables(inspect(config.path))
 
 
+def _check(words: Sequence[str]) -> None:
+    from .config import CheckConfig
+
+    config = CheckConfig.from_command_line(words, "diffsynth check", """\
+  diffsynth check data/dog --height 512 --width 512
+  diffsynth check data/dog --html report.html --tokenizer_path models/FLUX --family flux""")
+    from .trainers.check import report
+
+    report(config)
+
+
 def _download(words: Sequence[str]) -> None:
     from .config import DownloadConfig
 
@@ -122,9 +141,106 @@ def _download(words: Sequence[str]) -> None:
         sys.stdout.write(f"{path}\n")
 
 
+def _convert_lora(words: Sequence[str]) -> None:
+    from .trainers.lora_options import ConvertLoraConfig
+
+    config = ConvertLoraConfig.from_command_line(words, "diffsynth convert lora", """\
+  diffsynth convert lora dog.safetensors dog-comfyui.safetensors --format comfyui""")
+    from .trainers.convert import convert_lora
+
+    convert_lora(config)
+
+
+def _merge_lora(words: Sequence[str]) -> None:
+    from .trainers.lora_options import MergeLoraConfig
+
+    config = MergeLoraConfig.from_command_line(words, "diffsynth lora merge", """\
+  diffsynth lora merge flux1-dev.safetensors flux1-dev-dog.safetensors --lora dog.safetensors:0.8
+  diffsynth lora merge FLUX.1-dev/transformer merged --lora dog.safetensors,style.safetensors:0.5""")
+    from .trainers.lora_files import merge_lora
+
+    merge_lora(config)
+
+
+def _extract_lora(words: Sequence[str]) -> None:
+    from .trainers.lora_options import ExtractLoraConfig
+
+    config = ExtractLoraConfig.from_command_line(words, "diffsynth lora extract", """\
+  diffsynth lora extract flux1-dev.safetensors tuned.safetensors tuned-lora.safetensors --rank 64""")
+    from .trainers.lora_files import extract
+
+    extract(config)
+
+
+def _resize_lora(words: Sequence[str]) -> None:
+    from .trainers.lora_options import ResizeLoraConfig
+
+    config = ResizeLoraConfig.from_command_line(words, "diffsynth lora resize", """\
+  diffsynth lora resize dog.safetensors dog-8.safetensors --rank 8
+  diffsynth lora resize dog.safetensors dog-small.safetensors --keep 0.95""")
+    from .trainers.lora_files import resize
+
+    resize(config)
+
+
+def _average_lora(words: Sequence[str]) -> None:
+    from .trainers.lora_options import AverageLoraConfig
+
+    config = AverageLoraConfig.from_command_line(words, "diffsynth lora average", """\
+  diffsynth lora average both.safetensors --lora dog.safetensors:0.5,style.safetensors:0.5""")
+    from .trainers.lora_files import average
+
+    average(config)
+
+
+def _cache_stats(words: Sequence[str]) -> None:
+    from .trainers.cache_options import CacheStatsConfig
+
+    config = CacheStatsConfig.from_command_line(words, "diffsynth cache stats", "  diffsynth cache stats")
+    from .trainers.cache import report_stats
+
+    report_stats(config)
+
+
+def _cache_verify(words: Sequence[str]) -> None:
+    from .trainers.cache_options import CacheVerifyConfig
+
+    config = CacheVerifyConfig.from_command_line(words, "diffsynth cache verify", "  diffsynth cache verify --repair")
+    from .trainers.cache import verify
+
+    verify(config)
+
+
+def _cache_prune(words: Sequence[str]) -> None:
+    from .trainers.cache_options import CachePruneConfig
+
+    config = CachePruneConfig.from_command_line(words, "diffsynth cache prune", """\
+  diffsynth cache prune --unused_for_days 30 --dry_run
+  diffsynth cache prune models/cache --max_gb 200""")
+    from .trainers.cache import prune
+
+    prune(config)
+
+
 COMMANDS: dict[str, Command | Group] = {
     "train": Command(_train, "train a LoRA or a model on pictures with captions"),
     "generate": Command(_generate, "draw pictures from a prompt"),
+    "replay": Command(_replay, "run a step again that gave NaN or infinity"),
     "inspect": Command(_inspect, "say what is in a checkpoint, a LoRA file or a data set"),
+    "check": Command(_check, "look for what is wrong in a data set"),
     "download": Command(_download, "fetch models by name"),
+    "cache": Group({
+        "stats": Command(_cache_stats, "say what is in the cache, and what of it is used"),
+        "verify": Command(_cache_verify, "read every entry and name the damaged ones"),
+        "prune": Command(_cache_prune, "remove entries that no run uses"),
+    }, "look after the cache of encoded data"),
+    "convert": Group({
+        "lora": Command(_convert_lora, "write a LoRA file in the names of another program"),
+    }, "write a file in another format"),
+    "lora": Group({
+        "merge": Command(_merge_lora, "add LoRA files into the weights of a model"),
+        "extract": Command(_extract_lora, "make a LoRA of what full training changed"),
+        "resize": Command(_resize_lora, "lower the rank of a LoRA"),
+        "average": Command(_average_lora, "add up several LoRA files"),
+    }, "merge, extract, resize and average LoRA files"),
 }

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from .core.options import BarList, CommaList, CommaText, JsonObject, Options, PathList
 
 
-class DatasetOptions(Options):
+class DatasetFileOptions(Options):
     """Where the training pictures and their captions are."""
 
     title: ClassVar[str] = "Data set"
@@ -20,9 +20,17 @@ class DatasetOptions(Options):
     dataset_metadata_path: str | None = Field(
         None, description="Metadata file: csv, json or jsonl. Left out: found in the data set's folder."
     )
+    data_file_keys: CommaList = Field(("image", "video"), description="Metadata columns that name files to be loaded.")
+
+
+class DatasetOptions(DatasetFileOptions):
+    """Where the training pictures and their captions are, and how they are gone through."""
+
     dataset_repeat: int = Field(1, ge=1, description="How often the data set is repeated in each epoch.")
     dataset_num_workers: int = Field(0, ge=0, description="Processes that load data; 0 loads in the main process.")
-    data_file_keys: CommaList = Field(("image", "video"), description="Metadata columns that name files to be loaded.")
+    on_bad_item: Literal["stop", "skip"] = Field(
+        "stop", description="Rows that cannot be used: end the run before it starts, or leave them out; both list them."
+    )
 
 
 class ModelFileOptions(Options):
@@ -96,6 +104,9 @@ class TrainingOptions(Options):
         "constant", description="Course of the learning rate after the warm-up."
     )
     lr_warmup_steps: int = Field(0, ge=0, description="Optimizer steps over which the learning rate rises from 0.")
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="Also save an average of the trained weights with this decay, such as 0.999."
+    )
     mixed_precision: Literal["no", "fp16", "bf16"] = Field(
         "bf16", description="Precision of the networks; no = float32."
     )
@@ -161,6 +172,12 @@ class OutputOptions(Options):
     checkpoint_names: Literal["newer", "older"] = Field(
         "newer", description="step-N.safetensors, epoch-N.safetensors; or checkpoints/epoch=E-step=S.ckpt."
     )
+    save_in_background: bool = Field(
+        True, description="Write saved models while training goes on; needs host memory for one copy of the state."
+    )
+    max_minutes: float | None = Field(
+        None, gt=0, description="Save and end after this time, with exit code 4; continue with --resume auto."
+    )
     resume: str = Field("never", description="never; auto (continue in output_path if possible); or a state folder.")
     cache: Literal["auto", "off"] = Field("auto", description="Keep the outputs of the frozen models on disk.")
     cache_path: str | None = Field(
@@ -193,7 +210,47 @@ class GradientOptions(Options):
     max_grad_norm: float = Field(1.0, ge=0, description="Clip gradients to this norm; 0 = never.")
 
 
-class ImageOptions(Options):
+class StabilityOptions(Options):
+    """What happens when the numbers go wrong."""
+
+    title: ClassVar[str] = "Bad numbers"
+    max_bad_steps: int = Field(
+        3, ge=1, description="End the run when this many steps in a row give NaN or infinity; such steps are left out."
+    )
+    loss_spike_factor: float = Field(
+        10.0, ge=0, description="A loss this many spreads above the median of the last 64 is a spike; 0 = never."
+    )
+    on_loss_spike: Literal["report", "rollback"] = Field(
+        "report", description="Only tell of a spike; or leave the step out and go back to the last saved weights."
+    )
+
+
+class ValidationOptions(Options):
+    """Loss on pictures that are not trained on."""
+
+    title: ClassVar[str] = "Validation"
+    validation_split: float = Field(
+        0.0, ge=0, description="Rows held out: a share below 1, or a number of rows; chosen by file name. 0 = none."
+    )
+    validation_every: int | None = Field(
+        None, ge=1, description="Optimizer steps between validations. Left out: at each saved model."
+    )
+    validation_timesteps: int = Field(
+        8, ge=1, description="Noise levels, evenly spaced, at which each held-out row is looked at."
+    )
+    keep_best: bool = Field(
+        False, description="Keep the weights with the lowest held-out loss as best.safetensors."
+    )
+
+    @field_validator("validation_split")
+    @classmethod
+    def _share_or_number(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError(f"{value:g} is neither a share below 1 nor a whole number of rows")
+        return value
+
+
+class ImageSizeOptions(Options):
     """Size of the training pictures; height and width together, or neither for dynamic resolution."""
 
     title: ClassVar[str] = "Image size"
@@ -202,15 +259,20 @@ class ImageOptions(Options):
     max_pixels: int = Field(
         1048576, ge=256, description="Dynamic resolution: larger pictures are scaled down to this area."
     )
-    center_crop: bool = Field(True, description="Crop at the centre; --no-center_crop crops at random places.")
-    random_flip: bool = Field(False, description="Flip pictures horizontally at random.")
 
     @model_validator(mode="after")
-    def _both_or_neither(self) -> ImageOptions:
+    def _both_or_neither(self) -> ImageSizeOptions:
         if (self.height is None) != (self.width is None):
             given, missing = ("height", "width") if self.width is None else ("width", "height")
             raise ValueError(f"--{given} is given without --{missing}; give both, or neither for dynamic resolution")
         return self
+
+
+class ImageOptions(ImageSizeOptions):
+    """Size of the training pictures; height and width together, or neither for dynamic resolution."""
+
+    center_crop: bool = Field(True, description="Crop at the centre; --no-center_crop crops at random places.")
+    random_flip: bool = Field(False, description="Flip pictures horizontally at random.")
 
 
 class TrainConfig(
@@ -221,12 +283,15 @@ class TrainConfig(
     LoraOptions,
     OutputOptions,
     SamplingOptions,
+    ValidationOptions,
     GradientOptions,
+    StabilityOptions,
     ImageOptions,
 ):
     """Train a model or an adapter on pictures with captions."""
 
     takes_config: ClassVar[bool] = True
+    repeat_with: ClassVar[str] = "diffsynth train --config FILE --output_path FOLDER"
 
 
 class InspectConfig(Options):
@@ -240,6 +305,23 @@ class InspectConfig(Options):
     as_json: bool = Field(False, description="Print JSON instead of tables.", json_schema_extra={"option": "json"})
 
 
+class CheckConfig(DatasetFileOptions, ImageSizeOptions, ModelFileOptions):
+    """Look at every picture and caption of a data set and say what is wrong."""
+
+    title: ClassVar[str] = "Report"
+    dataset_base_path: str = Field(
+        min_length=1, description="Folder of the data set, or its metadata file.",
+        json_schema_extra={"positional": True, "metavar": "DATASET"},
+    )
+    extra_inputs: CommaList = Field((), description="Further columns that every row must have.")
+    max_sequence_length: int | None = Field(
+        None, ge=1, description="Tokens of a caption that are used. Left out: the family's own."
+    )
+    num_workers: int = Field(0, ge=0, description="Threads that decode pictures; 0 takes one for each core.")
+    as_json: bool = Field(False, description="Print JSON instead of tables.", json_schema_extra={"option": "json"})
+    html: str | None = Field(None, min_length=1, description="Also write a contact sheet: one HTML file.")
+
+
 class DownloadConfig(Options):
     """Fetch models by name into the models folder."""
 
@@ -250,6 +332,16 @@ class DownloadConfig(Options):
     )
     source: Literal["modelscope", "huggingface"] | None = Field(
         None, description="Hub. Left out: DIFFSYNTH_DOWNLOAD_SOURCE, else modelscope."
+    )
+
+
+class PictureSourceOptions(Options):
+    """A picture that says how it was made: sample pictures of a run, and those of this command."""
+
+    title: ClassVar[str] = "Again"
+    from_picture: str | None = Field(
+        None, description="Make this picture again; other options given change what they say.",
+        json_schema_extra={"option": "from", "metavar": "PICTURE"},
     )
 
 
@@ -274,6 +366,7 @@ class GenerateModelOptions(ModelFileOptions):
     """Which weights are loaded."""
 
     lora: CommaList = Field((), description="LoRA files, each as PATH or PATH:STRENGTH, separated by commas.")
+    fp8_models: CommaList = Field((), description="Models kept in FP8, by name, for example dit,text_encoder_2.")
     torch_dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Precision of the networks.")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, ...; auto takes the GPU where there is one.")
 
@@ -285,5 +378,8 @@ class GenerateOutputOptions(Options):
     output: str = Field("image.png", min_length=1, description="File to write; its ending decides the format.")
 
 
-class GenerateConfig(PromptOptions, GenerateModelOptions, GenerateOutputOptions):
+class GenerateConfig(PromptOptions, GenerateModelOptions, PictureSourceOptions, GenerateOutputOptions):
     """Draw pictures from a prompt, with any number of LoRA files."""
+
+    takes_config: ClassVar[bool] = True
+    repeat_with: ClassVar[str] = "diffsynth generate --config FILE --output PICTURE"

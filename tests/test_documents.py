@@ -15,9 +15,18 @@ from typing import Any
 import pytest
 import yaml
 
-from diffsynth.config import DownloadConfig, GenerateConfig, InspectConfig, TrainConfig
+from diffsynth.config import CheckConfig, DownloadConfig, GenerateConfig, InspectConfig, TrainConfig
 from diffsynth.core.command_line import is_positional, option_name
 from diffsynth.core.options import Options
+from diffsynth.trainers.cache_options import CachePruneConfig, CacheStatsConfig, CacheVerifyConfig
+from diffsynth.trainers.lora_options import (
+    AverageLoraConfig,
+    ConvertLoraConfig,
+    ExtractLoraConfig,
+    MergeLoraConfig,
+    ResizeLoraConfig,
+)
+from diffsynth.trainers.replay import ReplayConfig
 from diffsynth.trainers.text_to_image import TextToImageOptions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +34,10 @@ READMES = [ROOT / "README.md", ROOT / "README_zh.md"]
 PAGES = [*READMES, *sorted((ROOT / "docs").rglob("*.md"))]
 SCHEMAS: dict[str, type[Options]] = {
     "train": TrainConfig, "generate": GenerateConfig, "inspect": InspectConfig, "download": DownloadConfig,
+    "check": CheckConfig, "replay": ReplayConfig,
+    "convert lora": ConvertLoraConfig, "lora merge": MergeLoraConfig, "lora extract": ExtractLoraConfig,
+    "lora resize": ResizeLoraConfig, "lora average": AverageLoraConfig,
+    "cache stats": CacheStatsConfig, "cache verify": CacheVerifyConfig, "cache prune": CachePruneConfig,
 }
 TRAIN_SCRIPT = "examples/flux/model_training/train.py"
 OTHER_PROGRAMS = {"accelerate", "cd", "cp", "export", "git", "make", "modelscope", "pip", "python", "tensorboard"}
@@ -103,8 +116,9 @@ def read_options(options: type[Options], words: list[str]) -> None:
 
 def check_command(words: list[str]) -> None:
     if words[0] == "diffsynth":
-        if words[1:] != ["--help"] and words[2:] != ["--help"]:
-            read_options(SCHEMAS[words[1]], words[2:])
+        if words[-1] != "--help":
+            name = words[1] if words[1] in SCHEMAS else " ".join(words[1:3])
+            read_options(SCHEMAS[name], words[1 + len(name.split()) :])
         return
     assert words[0] in OTHER_PROGRAMS, f"unknown program {words[0]}"
     if words[0] == "make":
@@ -257,7 +271,7 @@ def test_links_lead_somewhere():
     assert not wrong, "\n".join(wrong)
 
 
-@pytest.mark.parametrize("schema", [TrainConfig, GenerateConfig, InspectConfig, DownloadConfig, TextToImageOptions],
+@pytest.mark.parametrize("schema", [*SCHEMAS.values(), TextToImageOptions],
                          ids=lambda schema: schema.__name__)
 def test_every_option_is_in_the_docs(schema):
     texts = "\n".join(page.read_text(encoding="utf-8") for page in PAGES if page not in READMES)

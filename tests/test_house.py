@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from diffsynth.config import TrainConfig
 from diffsynth.models.registry import FAMILY_MODULES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -71,12 +70,6 @@ PUBLIC_HOSTS = re.compile(
 """Public hosts that texts may name; a host of one workplace may not stand in the repository."""
 MACHINE_PATH = re.compile(r"(?<![\w.])/(work|home|root|mnt|Users)/\w+")
 PRIVATE_INDEX = re.compile(r"--(extra-)?index-url|--find-links|--trusted-host")
-
-WITHOUT_WITNESS = frozenset((
-    "checkpoint_names", "model_id_with_origin_paths",
-))
-"""Options that no test outside the schema's own sets yet. Take names out of this list; never add one."""
-
 
 @cache
 def tree_of(path: Path) -> ast.Module:
@@ -339,10 +332,51 @@ def test_a_todo_names_its_condition():
     assert not wrong, "\n".join(wrong)
 
 
-def test_every_option_is_set_by_a_test():
-    schema_tests = ROOT / "tests" / "unit" / "config"
-    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")
-             if schema_tests not in path.parents and not path.name.startswith(("test_house", "test_documents"))]
-    joined = "\n".join(texts)
-    unseen = {name for name in TrainConfig.model_fields if not re.search(rf"\b{name}\b", joined)}
-    assert unseen <= WITHOUT_WITNESS
+DEVICE_NAMES = re.compile(r"(cpu|cuda|mps)(:\d+)?")
+
+
+def test_one_module_tells_devices_apart():
+    """Elsewhere a device may be named, as in ``to("cpu")``, but nothing may depend on which one it is."""
+    wrong = []
+    for path in LIBRARY:
+        if path == PACKAGE / "core" / "device.py":
+            continue
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Compare | ast.match_case):
+                parts = [node.left, *node.comparators] if isinstance(node, ast.Compare) else [node.pattern]
+                compared = [text for part in parts for _, text in texts_in(part) if DEVICE_NAMES.fullmatch(text)]
+                wrong += [f"{place(path, parts[0])}: compares with {text!r}" for text in compared]
+            if isinstance(node, ast.Attribute) and node.attr in ("cuda", "mps", "backends", "xpu", "accelerator") and (
+                    isinstance(node.value, ast.Name) and node.value.id == "torch"):
+                wrong.append(f"{place(path, node)}: torch.{node.attr}")
+    assert not wrong, "\n".join(wrong)
+
+
+MODE = re.compile(r"[rwxa+bt]{1,3}")
+
+
+def opens_text(call: ast.Call) -> bool:
+    """Whether a call is ``open``, ``fdopen`` or a method of ``Path`` that reads or writes text."""
+    name = getattr(call.func, "attr", None) or getattr(call.func, "id", "")
+    if name in ("read_text", "write_text"):
+        return True
+    if name not in ("open", "fdopen"):
+        return False
+    of_a_path = isinstance(call.func, ast.Attribute) and name == "open"
+    modes = [k.value for k in call.keywords if k.arg == "mode"] or call.args[0 if of_a_path else 1:][:1]
+    texts = [text for mode in modes for _, text in texts_in(mode)]
+    if of_a_path and modes and not (texts and MODE.fullmatch(texts[0])):
+        return False  # Image.open, ZipFile.open and their like take something else first
+    return not any("b" in text for text in texts)
+
+
+def test_text_files_are_opened_with_their_encoding():
+    """Where none is stated, Windows takes the code page of the country."""
+    wrong = []
+    for path in ALL_CODE:
+        if path.relative_to(ROOT).parts[0] == "tests":
+            continue
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Call) and opens_text(node) and "encoding" not in {k.arg for k in node.keywords}:
+                wrong.append(f"{place(path, node)}: {ast.unparse(node)[:80]}")
+    assert not wrong, "\n".join(wrong)

@@ -1,11 +1,11 @@
 """A tiny FLUX.1 with random weights, in every layout that the published one comes in.
 
-The networks are the real classes, the tokenizers are trained here on a few sentences. Nothing is downloaded.
+The networks are the real classes, the tokenizers know a few words. Nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 
 import torch
@@ -19,31 +19,31 @@ SENTENCES = [
 
 
 def save_tokenizers(folder: Path, max_length: int = 512) -> tuple[int, int]:
-    """Write ``tokenizer`` (CLIP, byte-pair) and ``tokenizer_2`` (T5, unigram); return their vocabulary sizes."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    """Write ``tokenizer`` (CLIP, byte-pair) and ``tokenizer_2`` (T5, unigram); return their vocabulary sizes.
+
+    Both know the letters and the words of ``SENTENCES``. They are written down rather than trained, because trainers
+    give another vocabulary each time, and with it other weights and other losses.
+    """
+    from tokenizers import pre_tokenizers
     from transformers import CLIPTokenizer, T5TokenizerFast
 
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator(SENTENCES, trainers.BpeTrainer(
-        vocab_size=600, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False))
-    learned = json.loads(bpe.to_str())["model"]["merges"]
-    merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in learned]
+    words = sorted({word for sentence in SENTENCES for word in re.findall("[a-z]+", sentence)})
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:
+        letters = [*word[:-1], word[-1] + "</w>"]
+        merges.update({("".join(letters[:end]), letters[end]): None for end in range(1, len(letters))})
     vocab: dict[str, int] = {}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     for token in [*alphabet, *(letter + "</w>" for letter in alphabet), *("".join(pair) for pair in merges)]:
         vocab.setdefault(token, len(vocab))
     vocab["<|startoftext|>"] = len(vocab)
     vocab["<|endoftext|>"] = len(vocab)
-    clip = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    clip = CLIPTokenizer(vocab=vocab, merges=list(merges), model_max_length=77)
     clip.save_pretrained(folder / "tokenizer")
 
-    unigram = Tokenizer(models.Unigram())
-    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
-    unigram.train_from_iterator(SENTENCES, trainers.UnigramTrainer(
-        vocab_size=200, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False,
-        initial_alphabet=[chr(code) for code in range(33, 127)]))
-    pieces = [tuple(entry) for entry in json.loads(unigram.to_str())["model"]["vocab"]]
+    space = "\N{LOWER ONE EIGHTH BLOCK}"
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (space, -4.0),
+              *((chr(code), -6.0) for code in range(33, 127)), *((space + word, -3.0) for word in words)]
     t5 = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=max_length)
     t5.save_pretrained(folder / "tokenizer_2")
     return len(vocab), len(pieces)
@@ -118,7 +118,24 @@ def make(folder: Path) -> Path:
     return save_original_layout(build_pipeline(folder / "tokenizers"), folder / "FLUX" / "FLUX.1-dev")
 
 
+def diffusers_pipeline(transformer: torch.nn.Module):
+    """A ``diffusers.FluxPipeline`` that is nothing but its transformer."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+
+    return FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None,
+                        text_encoder_2=None, tokenizer_2=None, transformer=transformer)
+
+
+def published_width() -> torch.nn.Module:
+    """FLUX.1's transformer with one block of each kind, on the meta device."""
+    from diffusers import FluxTransformer2DModel
+
+    with torch.device("meta"):
+        return FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+
+
 TINY = TinyFamily(
-    name="flux", make=make, model_files=model_files,
+    name="flux", make=make, model_files=model_files, recorded_names="flux1-dev",
+    diffusers_pipeline=diffusers_pipeline, published_width=published_width,
     options=dict(lora_base_model="dit", lora_target_modules="to_q,to_k,to_v", max_sequence_length=16),
 )

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..core.errors import UserError, did_you_mean
-from ..models.keymap import Match
 from ..models.spec import ModelFamily
 from .names import ComponentNames, family_names
-from .state import LoraLayer, LoraState, fuse, number_text, one_value, unfuse
+from .state import LoraLayer, LoraState, fuse, number_text, one_value, share_down, unfuse
 
 FORMATS = ("diffusers", "kohya", "comfyui", "diffsynth")
 ADAPTER_METADATA = "lora_adapter_metadata"
@@ -29,18 +26,11 @@ _SUFFIXES = {
     "diffsynth": (".lora_A.default.weight", ".lora_B.default.weight"),
 }
 _DORA_SUFFIX = ".lora_magnitude_vector"
-_READ = (
-    ("down", re.compile(r"\.(lora_A(\.\w+)?\.weight|lora_A|lora_down\.weight|lora(_linear_layer)?\.down\.weight)$")),
-    ("down", re.compile(r"_lora\.down\.weight$")),
-    ("up", re.compile(r"\.(lora_B(\.\w+)?\.weight|lora_B|lora_up\.weight|lora(_linear_layer)?\.up\.weight)$")),
-    ("up", re.compile(r"_lora\.up\.weight$")),
-    ("alpha", re.compile(r"\.alpha$")),
-    ("dora", re.compile(r"\.lora_magnitude_vector(\.\w+)*$")),
-)
-_OTHER_ADAPTERS = re.compile(
-    r"\.(hada_\w+|lokr_\w+|oft_\w+|boft_\w+|ia3_\w+|lora_mid\.weight|dora_scale|diff|diff_b|w_norm|b_norm|set_weight|"
-    r"reshape_weight|lora_B\.(\w+\.)?bias)$"
-)
+_OWN_METADATA = frozenset((
+    "format", "lora_format", "rank", "alpha", "rslora", "components", ADAPTER_METADATA, "ss_network_module",
+    "ss_network_dim", "ss_network_alpha", "sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256",
+))
+"""What describes one file alone: written anew for each, never copied from another (hashes would be wrong)."""
 
 
 def resolve_format(fmt: str, family: ModelFamily) -> str:
@@ -90,6 +80,7 @@ def to_tensors(
     for component, state in states.items():
         dora = any(layer.dora_scale is not None for layer in state.layers.values())
         check_format(family, fmt, component, state.layers, dora)
+        _check_values(component, state)
         names = family_names(family).components[component]
         down_suffix, up_suffix = _SUFFIXES[fmt]
         for name, layer in _file_layers(state, names, fmt).items():
@@ -102,6 +93,68 @@ def to_tensors(
             if layer.dora_scale is not None:
                 tensors[name + _DORA_SUFFIX] = layer.dora_scale
     return {key: tensors[key].detach().to("cpu", torch.float32).contiguous() for key in sorted(tensors)}
+
+
+def _check_values(component: str, state: LoraState) -> None:
+    """No file may hold numbers that are none, nor a mixture that readers would take for something else."""
+    plain = [name for name, layer in state.layers.items() if layer.dora_scale is None]
+    if 0 < len(plain) < len(state.layers):
+        raise UserError(f"some layers of {component} are DoRA and others, such as {plain[0]!r}, are not; no LoRA file "
+                        "format can say so.")
+    for name, layer in state.layers.items():
+        for factor in (layer.down, layer.up, layer.dora_scale):
+            if factor is not None and not bool(factor.isfinite().all()):
+                raise UserError(f"layer {name!r} of {component} holds values that are not finite (NaN or infinite); "
+                                "such a LoRA is not written.")
+
+
+def file_modules(states: Mapping[str, LoraState], family: ModelFamily, fmt: str) -> set[str] | None:
+    """Names of all modules in a file of this format; None when one of the layers has no name there."""
+    modules: set[str] = set()
+    for component, state in states.items():
+        names = family_names(family).components[component]
+        for module in state.layers:
+            match = names.file_match(module, fmt)
+            if match is None:
+                return None
+            modules.add(names.file_name(match, fmt))
+    return modules
+
+
+def unnamed_layers(states: Mapping[str, LoraState], family: ModelFamily, fmt: str) -> list[str]:
+    """Layers, as ``component: layer``, that have no name in this format."""
+    known = family_names(family).components
+    return [f"{component}: {module}" for component, state in states.items() for module in state.layers
+            if known[component].file_match(module, fmt) is None]
+
+
+def map_layers(
+    states: Mapping[str, LoraState], family: ModelFamily, fmt: str, change: Callable[[str, LoraLayer], LoraLayer]
+) -> dict[str, LoraState]:
+    """Change adapters layer by layer, as they were trained.
+
+    Layers of ours that a file of this format keeps in one weight (q, k and v) are one layer where they share their
+    ``down`` factor, so that they still share it afterwards; otherwise each is a layer of its own.
+
+    Args:
+        change: Name and layer -> the new layer.
+    """
+    changed: dict[str, LoraState] = {}
+    for component, state in states.items():
+        names = family_names(family).components[component]
+        layers: dict[str, LoraLayer] = {}
+        for module, layer in state.layers.items():
+            match = names.file_match(module, fmt)
+            assert match is not None, f"{module} has no name in the {fmt} format"
+            parts = [state.layers.get(part) for part in match.ours]
+            if module in layers:
+                continue
+            if len(parts) > 1 and share_down(parts):
+                layers.update(unfuse(match, change(names.file_name(match, fmt), fuse(match, parts))))
+            else:
+                layers[module] = change(module if len(states) == 1 else f"{component}.{module}", layer)
+        changed[component] = LoraState(layers, dict(state.metadata), component)
+    return changed
 
 
 def _file_layers(state: LoraState, names: ComponentNames, fmt: str) -> dict[str, LoraLayer]:
@@ -119,22 +172,38 @@ def _file_layers(state: LoraState, names: ComponentNames, fmt: str) -> dict[str,
     return layers
 
 
+def check_strengths(keys: Iterable[str], fmt: str) -> str | None:
+    """The first module of a file with alpha tensors that has none, as a sentence; None when all have."""
+    present = set(keys)
+    suffix = _SUFFIXES[fmt][0]
+    for key in sorted(present):
+        if key.endswith(suffix) and f"{key.removesuffix(suffix)}.alpha" not in present:
+            return f"layer {key.removesuffix(suffix)!r} has lost its alpha"
+    return None
+
+
 def file_metadata(
     states: Mapping[str, LoraState],
     tensors: Mapping[str, torch.Tensor],
     family: ModelFamily,
     fmt: str,
-    base: str,
-    options: Mapping[str, Any] | None,
+    base: str = "",
+    options: Mapping[str, Any] | None = None,
+    kept: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Metadata of a file in this format that holds ``tensors``."""
+    """Metadata of a file in this format that holds ``tensors``.
+
+    Args:
+        kept: Metadata of the file that the adapters come from; what still holds of them stays.
+    """
     layers = [layer for state in states.values() for layer in state.layers.values()]
-    metadata = {
+    metadata = {key: value for key, value in (kept or {}).items() if key not in _OWN_METADATA}
+    metadata |= {
         "format": "pt",  # the key by which Hugging Face libraries know the framework
         "lora_format": fmt,
         "rank": one_value(layer.rank for layer in layers),
         "alpha": one_value(layer.alpha for layer in layers),
-        "base": base or family.name,
+        "base": base or metadata.get("base") or family.name,
         "components": ",".join(states),
     }
     if any(layer.use_rslora for layer in layers):
@@ -177,128 +246,3 @@ def _peft_config(state: LoraState, names: ComponentNames) -> dict[str, Any]:
         "init_lora_weights": True,
     }
     return {names.diffusers + key: value for key, value in config.items()}
-
-
-@dataclass
-class _Source:
-    """The tensors of one module of a file."""
-
-    keys: dict[str, str] = field(default_factory=dict)
-
-    def add(self, role: str, key: str, module: str) -> None:
-        if role in self.keys:
-            raise UserError(f"layer {module!r} stands twice in the file: {self.keys[role]} and {key}.")
-        self.keys[role] = key
-
-
-def from_tensors(
-    keys: Iterable[str], get: Callable[[str], torch.Tensor], metadata: Mapping[str, str], family: ModelFamily
-) -> dict[str, LoraState]:
-    """The adapters in a file of any known format, by component, in our names.
-
-    Raises:
-        UserError: the file is no LoRA, a LoRA of something else, or of a kind that is not supported.
-    """
-    sources, unknown = _group(keys)
-    if not any("down" in source.keys or "up" in source.keys for source in sources.values()):
-        others = [key for key in unknown if _OTHER_ADAPTERS.search(key)]
-        if others:
-            raise UserError(f"it is an adapter of another kind than LoRA (it holds {others[0]!r}); only LoRA and DoRA "
-                            "are supported.")
-        example = f", for example {unknown[0]!r}" if unknown else ""
-        raise UserError(f"it is not a LoRA file: none of its {len(unknown) + len(sources)} tensors is a LoRA factor"
-                        f"{example}; a checkpoint of a whole network goes into model_paths.")
-    lookup = family_names(family)
-    matched = {module: found for module in sources if (found := lookup.match(module))}
-    unmatched = [module for module in sources if module not in matched]
-    if unmatched or unknown:
-        raise UserError(_mismatch(sources, unmatched, unknown, family))
-    peft = json.loads(metadata[ADAPTER_METADATA]) if ADAPTER_METADATA in metadata else {}
-    plain = {key: value for key, value in metadata.items() if key != ADAPTER_METADATA}
-    states: dict[str, LoraState] = {}
-    for module, (names, match) in matched.items():
-        state = states.setdefault(names.component, LoraState({}, plain, names.component))
-        for name, layer in _read_layer(module, sources[module], get, names, match, peft).items():
-            if name in state.layers:
-                raise UserError(f"the file changes layer {name!r} of {names.component} twice, once as {module!r}.")
-            state.layers[name] = layer
-    return states
-
-
-def _group(keys: Iterable[str]) -> tuple[dict[str, _Source], list[str]]:
-    """Tensors by module, and the keys that are no part of a LoRA."""
-    sources: dict[str, _Source] = {}
-    unknown = []
-    for key in keys:
-        for role, suffix in _READ:
-            if found := suffix.search(key):
-                module = key[: found.start()]
-                sources.setdefault(module, _Source()).add(role, key, module)
-                break
-        else:
-            unknown.append(key)
-    return sources, unknown
-
-
-def _mismatch(sources: Mapping[str, _Source], unmatched: list[str], unknown: list[str], family: ModelFamily) -> str:
-    from ..models.registry import all_families
-
-    if not unmatched:
-        of_adapter = _OTHER_ADAPTERS.search(unknown[0])
-        kind = "belongs to an adapter of another kind" if of_adapter else "is not part of a LoRA"
-        return f"tensor {unknown[0]!r} {kind}; only plain LoRA and DoRA files are supported."
-    for other in all_families():
-        if other.name != family.name and all(map(family_names(other).match, sources)):
-            pipeline = other.pipeline.rpartition(".")[2]
-            return f"it is a LoRA of {other.name}, not of {family.name}; load it with {pipeline}."
-    total = len(sources)
-    if len(unmatched) == total:
-        return (f"it is not a LoRA of {family.name}: none of its {total} layers exists there, "
-                f"for example {unmatched[0]!r}.")
-    return (f"it does not fit {family.name}: only {total - len(unmatched)} of its {total} layers match; "
-            f"unknown are for example {', '.join(map(repr, unmatched[:3]))}.")
-
-
-def _read_layer(
-    module: str, source: _Source, get: Callable[[str], torch.Tensor], names: ComponentNames, match: Match,
-    peft: Mapping[str, Any],
-) -> dict[str, LoraLayer]:
-    missing = [role for role in ("down", "up") if role not in source.keys]
-    if missing:
-        present = ", ".join(source.keys.values())
-        raise UserError(f"layer {module!r} is incomplete: it has {present} but not the {missing[0]} factor.")
-    down, up = get(source.keys["down"]), get(source.keys["up"])
-    if down.ndim not in (2, 4) or up.ndim != down.ndim or up.shape[1] != down.shape[0]:
-        raise UserError(f"layer {module!r}: factors of shapes {tuple(down.shape)} and {tuple(up.shape)} do not "
-                        "multiply; the file is damaged.")
-    rank = down.shape[0]
-    layer = LoraLayer(down, up, float(rank), rank)
-    if "alpha" in source.keys:
-        layer = replace(layer, alpha=_alpha(get(source.keys["alpha"]), module))
-    elif f"{names.diffusers}r" in peft:
-        layer = _with_peft_scale(layer, match.original, names.diffusers, peft)
-    if "dora" in source.keys:
-        if len(match.ours) > 1 or match.rule.swap_halves:
-            raise UserError(f"layer {module!r} is a DoRA of a fused weight, which is not supported.")
-        return {match.ours[0]: replace(layer, dora_scale=get(source.keys["dora"]))}
-    return unfuse(match, layer)
-
-
-def _alpha(tensor: torch.Tensor, module: str) -> float:
-    if tensor.numel() != 1 or not math.isfinite(alpha := float(tensor)) or alpha <= 0:
-        raise UserError(f"layer {module!r}: alpha is {tensor.tolist()}, which is not one positive number; "
-                        "the file is damaged.")
-    return alpha
-
-
-def _with_peft_scale(layer: LoraLayer, module: str, prefix: str, peft: Mapping[str, Any]) -> LoraLayer:
-    """Scale as peft computes it from its configuration."""
-    alpha = _pattern(peft.get(f"{prefix}alpha_pattern"), module, peft.get(f"{prefix}lora_alpha", layer.rank))
-    return replace(layer, alpha=float(alpha), use_rslora=bool(peft.get(f"{prefix}use_rslora", False)))
-
-
-def _pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default

@@ -42,7 +42,7 @@ def fuse_lora(module: torch.nn.Module, layers: Mapping[str, AdaptableLayer], sta
         change = torch.zeros_like(original)
         for applied, factor in record.applied:
             if name in applied.layers:
-                change += _change(applied.layers[name], original, factor)
+                change += weight_change(applied.layers[name], original, factor)
         with torch.no_grad():
             weight.copy_((original + change).to(weight.dtype))
         coarse = coarse or weight.dtype.itemsize == 1
@@ -77,7 +77,40 @@ def unfuse_lora(module: torch.nn.Module, layers: Mapping[str, AdaptableLayer]) -
             layers[name].weight.copy_(original)
 
 
-def _change(layer: LoraLayer, original: torch.Tensor, strength: float) -> torch.Tensor:
+@dataclass(frozen=True)
+class TakenOut:
+    """Weights that a fused LoRA had changed, and the record of what was fused."""
+
+    weights: dict[str, torch.Tensor]
+    record: _Fused
+
+
+def take_out_fused(module: torch.nn.Module, layers: Mapping[str, AdaptableLayer]) -> TakenOut | None:
+    """As ``unfuse_lora``, and keep on the CPU what ``restore_fused`` needs."""
+    record: _Fused | None = getattr(module, _ATTRIBUTE, None)
+    if record is None:
+        return None
+    taken = TakenOut({name: layers[name].weight.detach().to("cpu", copy=True) for name in record.originals}, record)
+    unfuse_lora(module, layers)
+    return taken
+
+
+def restore_fused(module: torch.nn.Module, layers: Mapping[str, AdaptableLayer], taken: TakenOut | None) -> None:
+    """Undo ``take_out_fused``, bit for bit."""
+    if taken is None:
+        return
+    with torch.no_grad():
+        for name, weight in taken.weights.items():
+            layers[name].weight.copy_(weight)
+    module.__dict__[_ATTRIBUTE] = taken.record
+
+
+def weight_change(layer: LoraLayer, original: torch.Tensor, strength: float) -> torch.Tensor:
+    """What a layer of a LoRA adds to a weight, in float32.
+
+    Args:
+        original: The weight without any adapter, float32; a DoRA depends on it.
+    """
     delta = layer.delta(original.device) * strength
     if layer.dora_scale is None:
         return delta

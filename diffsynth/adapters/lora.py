@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -145,22 +146,34 @@ def add_lora_file(
     family: ModelFamily,
     strength: float = 1.0,
     hot: bool = False,
+    allow_unmatched: bool = False,
 ) -> None:
     """Load a LoRA file and add it to a network; what ``pipe.load_lora`` does.
 
+    Args:
+        allow_unmatched: Leave out layers of the file that do not exist here, with a warning, instead of refusing it.
     Raises:
         UserError: the file is not a LoRA of this network.
     """
-    states = load_lora_file(path, family)
+    states = load_lora_file(path, family, allow_unmatched)
     if component not in states:
         raise UserError(f"LoRA file {path} holds no layers of {component}, only of {' and '.join(states)}.")
     others = [name for name in states if name != component]
     if others:
         logger.warning("LoRA file %s also holds layers of %s; load it into them as well to use those.", path, others)
+    state = states[component]
+    if allow_unmatched:
+        present = adaptable_layers(module)
+        absent = [name for name in state.layers if name not in present]
+        if absent:
+            logger.warning("LoRA file %s: ignored %d of %d layers of %s, which do not exist in it, for example %s.",
+                           path, len(absent), len(state.layers), component, ", ".join(absent[:3]))
+        state = replace(state, layers={name: layer for name, layer in state.layers.items() if name in present})
     try:
-        apply_lora(module, states[component], strength, "hot" if hot else "fused")
+        changed = apply_lora(module, state, strength, "hot" if hot else "fused")
     except UserError as error:
         raise UserError(f"LoRA file {path}: {error}") from error
+    logger.info("%s: changed %d of %d layers of %s", Path(path).name, changed, len(states[component].layers), component)
 
 
 def apply_lora(
@@ -169,13 +182,15 @@ def apply_lora(
     strength: float = 1.0,
     mode: str = "fused",
     adapter_name: str | None = None,
-) -> None:
+) -> int:
     """Add a LoRA to a network; several may be added, each with its own strength.
 
     Args:
         strength: Factor of the change; 1 is as trained.
         mode: ``fused`` adds it to the weights (nothing costs time afterwards); ``hot`` keeps it beside them.
         adapter_name: Name of a hot adapter.
+    Returns:
+        How many layers act differently now: all of the LoRA's.
     Raises:
         UserError: a layer does not exist in the network, or has another shape there.
     """
@@ -193,8 +208,8 @@ def apply_lora(
                             f"{tuple(layers[name].weight.shape)}; the LoRA is of another model.")
     if mode == "fused":
         fuse_lora(module, layers, state, strength)
-    else:
-        _apply_hot(module, state, strength, adapter_name)
+        return len(state.layers)
+    return _apply_hot(module, state, strength, adapter_name)
 
 
 def clear_lora(module: torch.nn.Module) -> None:
@@ -215,7 +230,7 @@ def clear_lora(module: torch.nn.Module) -> None:
         getattr(module, "peft_config", {}).pop(name, None)
 
 
-def _apply_hot(module: torch.nn.Module, state: LoraState, strength: float, adapter_name: str | None) -> None:
+def _apply_hot(module: torch.nn.Module, state: LoraState, strength: float, adapter_name: str | None) -> int:
     hot: list[str] = module.__dict__.setdefault("_diffsynth_hot_adapters", [])
     name = adapter_name or f"{_HOT_PREFIX}{len(hot)}"
     if name in hot or _adapted_layers(module, name):
@@ -227,7 +242,9 @@ def _apply_hot(module: torch.nn.Module, state: LoraState, strength: float, adapt
     for (rank, alpha, rslora, dora), keys in groups.items():
         _inject(module, keys, name, rank, alpha, rslora, dora)
     hot.append(name)
-    for key, layer in _adapted_layers(module, name).items():
+    adapted = _adapted_layers(module, name)
+    assert adapted.keys() == state.layers.keys(), "peft gave adapters to other layers than it was told"
+    for key, layer in adapted.items():
         source = state.layers[key]
         dtype = layer.get_base_layer().weight.dtype
         dtype = torch.bfloat16 if dtype.itemsize == 1 else dtype
@@ -242,6 +259,7 @@ def _apply_hot(module: torch.nn.Module, state: LoraState, strength: float, adapt
     for key, parameter in module.named_parameters():
         before = key.replace(".base_layer.", ".")
         parameter.requires_grad_(trainable.get(key, trainable.get(before, False)))
+    return len(adapted)
 
 
 def _inject(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 from ..models.keymap import KeyMap, Match, Rule, rename
 from ..models.spec import Component, ModelFamily
@@ -58,6 +58,8 @@ class ComponentNames:
     kohya_map: KeyMap | None = None
     """The part of ``original`` that kohya's trainers know."""
     diffsynth: KeyMap | None = None
+    convolutions: tuple[str, ...] = ()
+    """Regular expressions of the layers that are convolutions; all others are linear."""
 
     @cached_property
     def prefixes(self) -> tuple[str, ...]:
@@ -124,6 +126,7 @@ class FamilyNames:
         return (denoiser, found) if denoiser and found else None
 
 
+@cache
 def family_names(family: ModelFamily) -> FamilyNames:
     """The names of a family's networks, from its tables and from the kinds of its text encoders."""
     num_text_encoders = sum(component.name.startswith("text_encoder") for component in family.components)
@@ -138,6 +141,7 @@ def _component_names(component: Component, family: ModelFamily, num_text_encoder
         return ComponentNames(
             component.name, True, f"{DENOISERS[component.name]}.", ("lora_unet_", "lora_transformer_", "lycoris_"),
             "diffusion_model.", original, tables.get("kohya", original), tables.get("diffsynth"),
+            family.lora_convolutions,
         )
     if component.spec.kind not in _TEXT_ENCODERS:
         return None

@@ -107,8 +107,8 @@ def fuse(match: Match, layers: Sequence[LoraLayer | None]) -> LoraLayer:
     if len(layers) == 1:
         return replace(first, down=_squeeze(first.down, rule.squeeze), up=to_original(rule, [first.up]),
                        alpha=first.plain_alpha, use_rslora=False)
-    same_scale = all(math.isclose(layer.scale, first.scale, rel_tol=1e-12) for layer in present)
-    if same_scale and len(present) == len(layers) and all(_equal(layer.down, first.down) for layer in present):
+    same_scale = _same_scale(present)
+    if share_down(layers):
         return replace(first, up=to_original(rule, [layer.up for layer in present]), alpha=first.plain_alpha,
                        use_rslora=False)
     if not same_scale:
@@ -126,6 +126,17 @@ def fuse(match: Match, layers: Sequence[LoraLayer | None]) -> LoraLayer:
         blocks.append(block)
     down = torch.cat([layer.down.to(torch.float32) for layer in present])
     return LoraLayer(down, to_original(rule, blocks), sum(layer.plain_alpha for layer in present), rank)
+
+
+def share_down(layers: Sequence[LoraLayer | None]) -> bool:
+    """Whether all are there, with one scale and one ``down`` factor: the rows of a fused layer."""
+    present = [layer for layer in layers if layer is not None]
+    return (len(present) == len(layers) and _same_scale(present)
+            and all(_equal(layer.down, present[0].down) for layer in present))
+
+
+def _same_scale(layers: Sequence[LoraLayer]) -> bool:
+    return all(math.isclose(layer.scale, layers[0].scale, rel_tol=1e-12) for layer in layers)
 
 
 def unfuse(match: Match, layer: LoraLayer) -> dict[str, LoraLayer]:

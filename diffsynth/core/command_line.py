@@ -10,26 +10,34 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, get_args, g
 
 from pydantic.fields import FieldInfo
 
-from .errors import RunStopped, UserError, did_you_mean
+from .errors import RunStopped, StoppedEarly, UserError, did_you_mean, one_line
 
 if TYPE_CHECKING:
     from .options import Options
 
 NOT_GIVEN = ("\0",)
-CONFIG_OPTION = "config"
+CONFIG_OPTION, PRINT_OPTION = "config", "print_config"
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
 def run_front_door(command: Callable[[], object]) -> NoReturn:
-    """Run a command and leave the process; what the user got wrong becomes one line on stderr and exit code 2."""
+    """Run a command and leave the process.
+
+    Exit codes: 0 done; 2 what the user got wrong; 3 a run that cannot go on; 4 a run that ended on request with its
+    state saved; 130 Ctrl-C. All but the first come with one line on stderr.
+    """
     try:
         command()
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        sys.stderr.write(f"{'' if rank == '0' else f'[process {rank}] '}error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"{'' if rank == '0' else f'[process {rank}] '}error: {one_line(error)}\n")
         sys.exit(2)
     except RunStopped as error:
-        sys.stderr.write(f"stopped: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"stopped: {one_line(error)}\n")
         sys.exit(3)
+    except StoppedEarly as error:
+        sys.stderr.write(f"{one_line(error)}\n")
+        sys.exit(4)
     except BrokenPipeError:
         # the reader of our output has left, as in ``diffsynth train --help | head``
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -51,7 +59,8 @@ def read_command_line(
         prog: How the program is called in the help.
         example: Lines shown under the help.
     Returns:
-        Values by field name; ``config`` holds the path of a configuration file where the schema takes one.
+        Values by field name. Where the schema takes a configuration file, ``config`` holds its path and
+        ``print_config`` whether the result is to be printed.
     Raises:
         UserError: an unknown option, a missing value, or more than one.
     """
@@ -95,7 +104,7 @@ def _extra(field: FieldInfo) -> dict[str, Any]:
 def _spellings(options: type[Options]) -> dict[str, str]:
     """Option names as typed, without dashes -> field names."""
     names = {option_name(name, field): name for name, field in options.model_fields.items() if not is_positional(field)}
-    return names | ({CONFIG_OPTION: CONFIG_OPTION} if options.takes_config else {})
+    return names | ({name: name for name in (CONFIG_OPTION, PRINT_OPTION)} if options.takes_config else {})
 
 
 def _split_option(word: str) -> tuple[str, str, str]:
@@ -112,7 +121,10 @@ def _check_words(words: Sequence[str], options: type[Options], spellings: dict[s
             continue
         if name not in spellings and name.removeprefix("no_") not in flags:
             written = word.partition("=")[0]
-            suggestion = did_you_mean(written, [f"--{known}" for known in spellings]).replace("'", "")
+            known = [f"--{spelling}" for spelling in spellings]
+            if name.startswith("no"):
+                known += [f"--no_{flag}" for flag in flags]
+            suggestion = did_you_mean(written, known).replace("'", "")
             raise UserError(f"unknown option {written}.{suggestion or ' --help lists all options.'}")
         if not equals and name in spellings and name not in flags and (following is None or _is_option(following)):
             raise UserError(f"option {word} needs a value; one that begins with a dash is written {word}='...'.")
@@ -123,8 +135,8 @@ def _is_option(word: str) -> bool:
 
 
 def _flags(options: type[Options], spellings: dict[str, str]) -> set[str]:
-    return {spelling for spelling, name in spellings.items() if name in options.model_fields
-            and options.model_fields[name].annotation is bool}
+    return {spelling for spelling, name in spellings.items() if name == PRINT_OPTION or (
+        name in options.model_fields and options.model_fields[name].annotation is bool)}
 
 
 def _plain_flags(words: Sequence[str], options: type[Options], spellings: dict[str, str]) -> list[str]:
@@ -137,18 +149,19 @@ def _plain_flags(words: Sequence[str], options: type[Options], spellings: dict[s
         negated = name.startswith("no_") and name not in spellings and name.removeprefix("no_") in flags
         if word.startswith("--") and not equals and (name in flags or negated):
             plain.append(f"--{name.removeprefix('no_')}=false" if negated else f"--{name}=true")
-        elif word.lower() in _BOOLEANS and plain and plain[-1] in switched_on:
+        elif word.lower() in (*_TRUE, *_FALSE) and plain and plain[-1] in switched_on:
             plain[-1] = plain[-1].replace("=true", f"={word}")
         else:
             plain.append(word)
     return plain
 
 
-_BOOLEANS = ("true", "false", "yes", "no", "on", "off", "1", "0")
-
-
 def _value(options: type[Options], name: str, given: tuple[str, ...]) -> Any:
     field = options.model_fields.get(name)
+    if field is None and name == PRINT_OPTION:
+        if given[0].lower() not in (*_TRUE, *_FALSE):
+            raise UserError(f"--{PRINT_OPTION}: {given[0]!r} is not true or false.")
+        return given[0].lower() in _TRUE
     if field is not None and _is_list(field):
         return given[0] if len(given) == 1 and not is_positional(field) else given
     if field is not None and given[0].lower() == "none" and type(None) in _kinds(field):
@@ -165,7 +178,14 @@ def _raw_class(options: type[Options]) -> type:
         config = Annotated[tuple[str], tyro.conf.arg(
             help="Options, as name: value; the command line wins.", metavar="PATH", help_behavior_hint="(default: none)"
         )]
-        groups.append(_group("Configuration file", "Options in a YAML file.", [(CONFIG_OPTION, config, _default())]))
+        prints = Annotated[tuple[str], tyro.conf.arg(
+            help="Print every option, with where its value comes from, and stop.", metavar="",
+            help_behavior_hint="(default: false)",
+        )]
+        groups.append(_group("Configuration file", "Options in a YAML file.", [
+            (CONFIG_OPTION, config, _default()), (PRINT_OPTION, prints, _default())]))
+    # where words without an option's name are read too, a list is one word, with commas: the next may be such a word
+    has_positional = any(is_positional(field) for field in options.model_fields.values())
     for title, description, names in options.groups():
         fields = []
         for name in names:
@@ -174,7 +194,8 @@ def _raw_class(options: type[Options]) -> type:
                 name=option_name(name, field), metavar=_metavar(field), help=field.description or "",
                 help_behavior_hint="(required)" if _is_required(field) else f"(default: {_default_text(field)})",
             )
-            words: Any = tuple[str, ...] if _is_list(field) else tuple[str]
+            is_open = _is_list(field) and (is_positional(field) or not has_positional)
+            words: Any = tuple[str, ...] if is_open else tuple[str]
             if is_positional(field):
                 words = tyro.conf.Positional[words]  # type: ignore[misc]
             fields.append((name, Annotated[words, argument], _default()))
@@ -194,7 +215,7 @@ def _group(title: str, description: str, fields: list[Any]) -> tuple[str, Any, A
 
 
 def _is_required(field: FieldInfo) -> bool:
-    return field.is_required() or is_positional(field)
+    return field.is_required()
 
 
 def _default() -> Any:

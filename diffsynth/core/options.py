@@ -8,6 +8,7 @@ sentence. ``diffsynth.core.command_line`` turns the same schema into a command l
 from __future__ import annotations
 
 import json
+import reprlib
 import sys
 import types
 import typing
@@ -18,8 +19,9 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_ori
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PrivateAttr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from .command_line import CONFIG_OPTION, is_positional, option_name, read_command_line
+from .command_line import CONFIG_OPTION, PRINT_OPTION, is_positional, option_name, read_command_line
 from .errors import UserError, did_you_mean
+from .yaml_file import read_yaml_file, yaml_text
 
 DEFAULT = "default"
 COMMAND_LINE = "command line"
@@ -64,6 +66,8 @@ def _parse_json(value: Any) -> Any:
             f"not valid JSON at character {error.pos} ({error.msg}); write it in single quotes, with no comma before "
             f"a closing bracket"
         ) from error
+    except RecursionError as error:
+        raise ValueError("lists or objects inside each other without end") from error
 
 
 CommaList = Annotated[tuple[str, ...], BeforeValidator(_split(",")), "A,B,..."]
@@ -108,11 +112,14 @@ class OptionError(UserError):
 class Options(BaseModel):
     """Base of every set of options: frozen, keyword-only, refuses unknown names, says what is wrong in a sentence."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, hide_input_in_errors=True, allow_inf_nan=False)
     title: ClassVar[str] = "Options"
     """Heading of this group in the help."""
     takes_config: ClassVar[bool] = False
-    """Whether the command line offers ``--config FILE``."""
+    """Whether the command line offers ``--config FILE`` and ``--print_config``."""
+    repeat_with: ClassVar[str] = ""
+    """Command that repeats what a saved configuration describes."""
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)
 
     def __init__(self, **values: Any) -> None:
@@ -135,8 +142,8 @@ class Options(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _yaml_words(cls, values: Any) -> Any:
-        """YAML reads ``no`` and ``off`` as booleans; where the choices are words, give the word back."""
+    def _no_numbers_from_booleans(cls, values: Any) -> Any:
+        """True is not the number 1; where the choices are words, false is ``no`` or ``off``."""
         if not isinstance(values, Mapping):
             return values
         return {name: _word(cls.model_fields.get(name), value) for name, value in values.items()}
@@ -173,6 +180,8 @@ class Options(BaseModel):
     ) -> OptionsT:
         """What a front door calls: read the process's own command line, with ``--help`` and ``--config FILE``.
 
+        ``--help`` and ``--print_config`` leave the process with what they print.
+
         Args:
             words: Command line without the program's name; None for that of this process.
             prog: How the program is called in the help.
@@ -180,16 +189,22 @@ class Options(BaseModel):
         """
         given = read_command_line(cls, sys.argv[1:] if words is None else words, prog, example)
         file = given.pop(CONFIG_OPTION, None) if cls.takes_config else None
-        return cls._combine(Path(file) if file is not None else None, given)
+        prints = given.pop(PRINT_OPTION, False) if cls.takes_config else False
+        options = cls._combine(Path(file) if file is not None else None, given)
+        if prints:
+            sys.stdout.write(options.resolved_yaml())
+            sys.exit(0)
+        return options
 
     @classmethod
     def _combine(cls: type[OptionsT], yaml: Path | None, given: dict[str, Any]) -> OptionsT:
-        written = read_yaml(yaml, cls) if yaml else {}
+        written, lines = read_yaml(yaml, cls) if yaml else ({}, {})
         origins = {name: str(yaml) for name in written} | {name: COMMAND_LINE for name in given}
 
         def place(name: str) -> str:
             if origins.get(name, COMMAND_LINE) != COMMAND_LINE or name not in cls.model_fields:
-                return f"{origins.get(name, '')}: {name}"
+                line = f", line {lines[name]}" if name in lines else ""
+                return f"{origins.get(name, '')}{line}: {name}"
             field = cls.model_fields[name]
             return option_name(name, field).upper() if is_positional(field) else f"--{option_name(name, field)}"
 
@@ -211,46 +226,31 @@ class Options(BaseModel):
 
     def resolved_yaml(self) -> str:
         """Every value as YAML, ordered by where it came from; reading it back gives equal options."""
-        import yaml
-
         values = self.model_dump(mode="json")
         sections: dict[str, list[str]] = {}
         for name, origin in self.origins.items():
             sections.setdefault(origin, []).append(name)
         order = sorted(sections, key=lambda origin: (origin == DEFAULT, origin != COMMAND_LINE, origin))
-        text = ["# The configuration of this run; repeat it with: diffsynth train --config FILE --output_path FOLDER\n"]
+        text = [f"# Every option of this run; repeat it with: {self.repeat_with}\n" if self.repeat_with else ""]
         for origin in order:
             chosen = {name: values[name] for name in sections[origin]}
-            text.append(f"\n# from: {origin}\n")
-            text.append(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True, default_flow_style=False))
+            text.append(f"\n# from: {origin if origin.isprintable() else ascii(origin)}\n")
+            text.append(yaml_text(chosen))
         return "".join(text)
 
 
-def read_yaml(path: Path, options: type[Options]) -> dict[str, Any]:
-    """Read ``name: value`` pairs from a YAML file; only plain values are accepted, and only known names.
+def read_yaml(path: Path, options: type[Options]) -> tuple[dict[str, Any], dict[str, int]]:
+    """Values by name, and the line of each, from a YAML file that has only known names.
 
     Raises:
         UserError: the file is missing, is not plain YAML, or has an unknown key.
     """
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the configuration file {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(getattr(error, "problem", None) or error).split())
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not plain YAML ({reason}); write one 'name: value' per line.") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected one 'name: value' per line, found a {type(values).__name__}.")
+    values, lines = read_yaml_file(path)
     for name in values:
         if name not in options.model_fields:
-            raise UserError(f"{path}: unknown key {name!r}.{did_you_mean(str(name), options.model_fields)}")
-    return values
+            raise UserError(f"{path}, line {lines[name]}: unknown key {name!r}."
+                            f"{did_you_mean(name, options.model_fields)}")
+    return values, lines
 
 
 _TAGS = {"JSON": "valid JSON of the expected form", "A,B,...": "names separated by commas",
@@ -290,11 +290,14 @@ def _kind_in_words(kind: Any) -> str:
 def _word(field: FieldInfo | None, value: Any) -> Any:
     if field is None or not isinstance(value, bool):
         return value
-    literals = [kind for kind in union_members(field.annotation) if get_origin(kind) is Literal]
+    kinds = union_members(field.annotation)
+    if bool not in kinds and (int in kinds or float in kinds):
+        return str(value).lower()  # pydantic would take it for 1 or 0
+    literals = [kind for kind in kinds if get_origin(kind) is Literal]
     choices = [word for kind in literals for word in get_args(kind)]
     return next((word for word in (("on", "yes") if value else ("no", "off")) if word in choices), value)
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = reprlib.repr(value) if isinstance(value, list | tuple | dict) else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -48,6 +48,12 @@ def keyed_items(seed: int, epoch: int, items: Sequence[int]) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
+def current_items() -> tuple[int, ...]:
+    """The items of the enclosing ``keyed_items`` block, empty outside of one."""
+    draw = _CURRENT.get()
+    return () if draw is None else draw.items
+
+
 def normal(shape: Sequence[int], purpose: str, device: torch.device | str = "cpu") -> torch.Tensor:
     """Standard normal numbers, float32, (B, ...), keyed by item inside ``keyed_items``."""
     return _draw(torch.randn, shape, purpose).to(device)

@@ -30,9 +30,9 @@ def collector_paused(freeze: bool = False) -> Iterator[None]:
 def _collect_gpu_memory() -> None:
     """Search once where an earlier network of this process may still hold memory of a GPU, and nowhere else: it takes
     up to 0.2 s."""
-    import torch
+    from .device import gpu_is_in_use
 
-    if torch.cuda.is_initialized():
+    if gpu_is_in_use():
         gc.collect()
 
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from PIL import Image
 
-from ..core.device import choose_device
+from ..core.device import choose_device, return_free_memory
 from ..core.errors import UserError
-from .schedule import TimestepSampling
+from ..core.memory import store_in_fp8
+from .schedule import NoiseLevels, TimestepSampling, training_recipe
 from .unit import Inputs, PipelineUnit, run_unit
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class BasePipeline(torch.nn.Module):
         self.component_fingerprints: dict[str, str] = {}
         """Content of the files that each component comes from; changes whenever its outputs might."""
         self.component_paths: dict[str, tuple[Path, ...]] = {}
+        self.fp8_models: tuple[str, ...] = ()
+        """Components whose linear layers are stored in float8 whenever they are loaded."""
         self._load_component: Callable[[str], torch.nn.Module | None] | None = None
 
     def _apply(self, fn: Callable, recurse: bool = True) -> BasePipeline:
@@ -133,8 +136,21 @@ class BasePipeline(torch.nn.Module):
         model_manager.attach(pipe)
         return pipe
 
+    def token_limits(self, max_sequence_length: int | None = None) -> dict[str, int]:
+        """Tokenizer -> how many tokens of a prompt its text encoder sees; what a longer one has beyond is cut.
+
+        Args:
+            max_sequence_length: The option of that name, for families whose limit can be chosen.
+        """
+        return {name: getattr(self, name).model_max_length for name in self.family().tokenizers}
+
     def components_loaded(self) -> None:
         """Hook for subclasses: sizes and units that depend on the networks' configuration."""
+
+    def reads(self, name: str) -> bool:
+        """Whether an input of this name has any effect on what these networks draw."""
+        reading = {read for unit in self.units for read in (*unit.inputs, *unit.prompt_inputs)}
+        return name in reading | _parameters(type(self).model_fn)
 
     def require_models(self, names: Iterable[str]) -> None:
         """Make sure that networks are there, loading those that were deferred or released.
@@ -146,6 +162,8 @@ class BasePipeline(torch.nn.Module):
             if getattr(self, name) is None and name in self.component_paths and self._load_component:
                 setattr(self, name, self._load_component(name))
                 getattr(self, name).requires_grad_(False).eval()
+                if name in self.fp8_models:
+                    store_in_fp8(getattr(self, name))
             if getattr(self, name) is None:
                 component = next(c for c in self.family().components if c.name == name)
                 raise UserError(f"{type(self).__name__} needs {name!r} ({component.spec.kind}), which is not loaded; "
@@ -155,8 +173,7 @@ class BasePipeline(torch.nn.Module):
         """Drop networks that are not needed for now, so that their memory is free; their next use loads them again."""
         for name in names:
             setattr(self, name, None)
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        return_free_memory(self.device)
 
     def run_units(
         self, inputs_shared: Inputs, inputs_posi: Inputs, inputs_nega: Inputs
@@ -199,6 +216,11 @@ class BasePipeline(torch.nn.Module):
         """Shift of the noise levels that the family's sampler uses for latents of this size; 1 means none."""
         return 1.0
 
+    def training_recipe(self, latents: torch.Tensor) -> NoiseLevels:
+        """The noise levels at which these clean latents, (B, C, h, w), are trained, on their device."""
+        levels = training_recipe(self.timestep_sampling, latents.shape[0], self.training_shift(latents))
+        return NoiseLevels(*(tensor.to(latents.device) for tensor in (levels.timesteps, levels.sigmas, levels.weights)))
+
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """Latents for the denoiser, (B, C, h, w), from pixels (B, 3, H, W) in [-1, 1]."""
         raise NotImplementedError
@@ -211,7 +233,10 @@ class BasePipeline(torch.nn.Module):
         """Shape of the latents of ``batch_size`` pictures of this size in pixels."""
         raise NotImplementedError
 
-    def load_lora(self, module: torch.nn.Module, path: str | Path, alpha: float = 1.0, hotload: bool = False) -> None:
+    def load_lora(
+        self, module: torch.nn.Module, path: str | Path, alpha: float = 1.0, hotload: bool = False,
+        allow_unmatched: bool = False,
+    ) -> None:
         """Add a LoRA file to one of the pipeline's networks; several may be added one after another.
 
         Args:
@@ -220,6 +245,7 @@ class BasePipeline(torch.nn.Module):
             alpha: Strength; 1 is as trained.
             hotload: Keep the adapter beside the weights, so that several can be changed without rounding, instead
                 of fusing it into them.
+            allow_unmatched: Leave out layers of the file that have no counterpart, with a warning that counts them.
         Raises:
             UserError: the file is not a LoRA of this network, or any of its layers has no counterpart.
         """
@@ -228,7 +254,8 @@ class BasePipeline(torch.nn.Module):
         name = next((c.name for c in self.family().components if getattr(self, c.name) is module), None)
         if name is None:
             raise ValueError("load_lora takes one of the pipeline's own networks, for example pipe.dit.")
-        add_lora_file(module, name, Path(path), self.family(), strength=alpha, hot=hotload)
+        add_lora_file(module, name, Path(path), self.family(), strength=alpha, hot=hotload,
+                      allow_unmatched=allow_unmatched)
 
     def clear_lora(self) -> None:
         """Take every loaded LoRA out again; the networks' weights are what they were before."""

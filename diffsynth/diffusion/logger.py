@@ -4,22 +4,45 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..core.errors import UserError
 from ..core.loader import save_safetensors, save_torch_file
+from ..core.loader.writer import replace_file
+from .saving import HostCopies
+from .schedule import RECIPE_VERSION
 
 if TYPE_CHECKING:
+    from ..adapters.lora import LoraState
     from ..config import TrainConfig
     from .training_module import DiffusionTrainingModule
 
 logger = logging.getLogger(__name__)
 
+CURVE_EVERY_S = 20.0
+"""How long the picture of the loss may be old while the run goes on."""
 FLUSH_EVERY_S = 5.0
 """How long metrics may wait for a few more before they are written."""
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A weight file that is still to be written, with values that training no longer changes."""
+
+    path: Path
+    model: DiffusionTrainingModule
+    """Asked for names and configurations only."""
+    lora: dict[str, LoraState]
+    """Component -> adapter; empty for a file of whole models."""
+    full: dict[str, torch.Tensor]
 
 
 class ModelLogger:
@@ -55,6 +78,9 @@ class ModelLogger:
         self._saved: list[list[Path]] = []
         """Files of each save, oldest first."""
         self._pending: list[dict[str, Any]] = []
+        self._num_drawn, self._drawn_at = 0, -math.inf
+        self._losses: dict[str, list[tuple[int, float]]] = {"loss": [], "validation_loss": []}
+        """Points of the curves; the thread that draws it must not read a file that is being appended to."""
         self._flushed_at = time.monotonic()
 
     @property
@@ -64,13 +90,15 @@ class ModelLogger:
     def start(self, config: TrainConfig, first_step: int) -> None:
         """Make the folder, write the resolved configuration, and forget metrics of steps that will be done again."""
         self.output_path.mkdir(parents=True, exist_ok=True)
-        (self.output_path / "config.yaml").write_text(config.resolved_yaml(), encoding="utf-8")
+        with replace_file(self.output_path / "config.yaml") as file:
+            file.write(config.resolved_yaml().encode("utf-8"))
         # files of the run that is continued count among those to keep
         self._saved = self._earlier_saves() if first_step else []
         kept = [row for row in self.read_metrics() if row["step"] <= first_step] if first_step else []
-        partial = self.metrics_path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(self.metrics_path)
+        with replace_file(self.metrics_path) as file:
+            file.write("".join(json.dumps(row) + "\n" for row in kept).encode("utf-8"))
+        for row in kept:
+            self._note_losses(row)
         if self._tensorboard_wanted:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -82,27 +110,38 @@ class ModelLogger:
         patterns = ("step-*.safetensors", "epoch-*.safetensors", "checkpoints/epoch=*.ckpt")
         saves: dict[str, list[Path]] = {}
         for path in sorted(path for pattern in patterns for path in self.output_path.glob(pattern)):
-            saves.setdefault(path.stem.removesuffix("-lora"), []).append(path)
+            saves.setdefault(path.stem.removesuffix("-lora").removesuffix("-ema"), []).append(path)
         return sorted(saves.values(), key=lambda files: files[0].stat().st_mtime_ns)
 
     def log(self, row: dict[str, Any]) -> None:
         """Take one row of metrics; it is in the file within a few seconds, or after ``flush``."""
         self._pending.append(row)
+        self._note_losses(row)
         if time.monotonic() - self._flushed_at > FLUSH_EVERY_S:
             self.flush()
+
+    def _note_losses(self, row: dict[str, Any]) -> None:
+        for name, points in self._losses.items():
+            if row.get(name) is not None:  # null: a step that was left out
+                points.append((row["step"], row[name]))
 
     def flush(self) -> None:
         """Append the kept rows to ``metrics.jsonl``."""
         if not self._pending:
             return
-        with self.metrics_path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self._pending)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with self.metrics_path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in self._pending)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            self._pending.clear()
+            raise UserError(f"cannot write {self.metrics_path}: {error.strerror or error}; free some space, then "
+                            "continue with --resume auto.") from error
         if self._tensorboard is not None:
             for row in self._pending:
-                for name in ("loss", "lr", "grad_norm"):
-                    if row[name] is None:
+                for name in ("loss", "lr", "grad_norm", "validation_loss"):
+                    if row.get(name) is None:
                         continue  # an overflow of fp16, whose step was skipped
                     self._tensorboard.add_scalar(name, row[name], row["step"])
             self._tensorboard.flush()
@@ -121,33 +160,60 @@ class ModelLogger:
                 logger.warning("%s: left out an incomplete line", self.metrics_path)
         return rows
 
-    def save(self, model: DiffusionTrainingModule, *, step: int, epoch: int | None) -> list[Path]:
-        """Write the trained weights.
+    def weight_files(
+        self, model: DiffusionTrainingModule, copies: HostCopies, *, step: int, epoch: int | None, suffix: str = "",
+        name: str | None = None,
+    ) -> list[WeightFile]:
+        """The weight files of a save, with the values that the model's parameters hold now.
 
         Args:
             model: Training module.
+            copies: For what a model holds besides its parameters.
             step: Optimizer steps done.
             epoch: Index of the epoch that just ended, None for a save in between.
-        Returns:
-            The files written.
-        Raises:
-            UserError: the disk is full, or the file does not read back as what was trained; older files stay.
+            suffix: Added to the names, for example ``-ema``.
+            name: A name of its own instead of one made of step and epoch, for example ``best``.
         """
-        stem = f"step-{step}" if epoch is None else f"epoch-{epoch}"
-        path = self.output_path / f"{stem}.safetensors"
+        stem = name or (f"step-{step}" if epoch is None else f"epoch-{epoch}")
+        path = self.output_path / f"{stem}{suffix}.safetensors"
         if self.names == "older":
-            path = self.output_path / "checkpoints" / f"epoch={epoch or 0}-step={step}.ckpt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        written = []
+            stem = name or f"epoch={epoch or 0}-step={step}"
+            path = self.output_path / "checkpoints" / f"{stem}{suffix}.ckpt"
+        files = []
         if model.full_models:
-            written.append(self._save_full(model, path))
+            own = {parameter.data_ptr() for parameter in model.parameters()}
+            full = {name: tensor.detach() if tensor.data_ptr() in own else copies.of(tensor)
+                    for name, tensor in model.export_full_models().items()}
+            files.append(WeightFile(path, model, {}, full))
         if model.lora_models:
-            written.append(self._save_lora(model, path.with_stem(path.stem + "-lora") if written else path))
-        self._saved = [old for old in self._saved if old != written] + [written]
+            beside = path.with_stem(path.stem + "-lora") if files else path
+            files.append(WeightFile(beside, model, model.export_lora(), {}))
+        return files
+
+    def write_apart(self, files: Sequence[WeightFile]) -> None:
+        """Write the weight files of one save, which is never removed.
+
+        Raises:
+            UserError: the disk is full, or a file does not read back as what was trained; older files stay.
+        """
+        for file in files:
+            file.path.parent.mkdir(parents=True, exist_ok=True)
+            if file.lora:
+                self._write_lora(file)
+            else:
+                self._write_full(file)
+
+    def write(self, files: Sequence[WeightFile]) -> None:
+        """``write_apart``, and count the files among those to keep; ``remove_old`` makes room afterwards."""
+        self.write_apart(files)
+        written = [file.path for file in files]
+        self._saved = [old for old in self._saved if not set(old) & set(written)] + [written]
+
+    def remove_old(self) -> None:
+        """Remove all but the newest saves that are to be kept."""
         while self.keep_checkpoints and len(self._saved) > self.keep_checkpoints:
             for old in self._saved.pop(0):
                 old.unlink(missing_ok=True)
-        return written
 
     def check_format(self, model: DiffusionTrainingModule) -> None:
         """Make sure, before hours of training, that what is trained can be written.
@@ -166,54 +232,58 @@ class ModelLogger:
         # the pages remove the prefix to get the bare module names of this system
         return "diffsynth" if self.lora_format == "auto" and self.remove_prefix_in_ckpt else self.lora_format
 
-    def _save_lora(self, model: DiffusionTrainingModule, path: Path) -> Path:
+    def _write_lora(self, file: WeightFile) -> None:
         from ..adapters.lora import save_lora
 
+        model = file.model
         files = [path for name in model.lora_models for path in model.pipe.component_paths.get(name, ())]
         base = ", ".join(file.name for file in files)
-        save_lora(path, model.export_lora(), model.pipe.family(), self._format(), base=base,
-                  options=model.lora_options)
-        return path
+        save_lora(file.path, file.lora, model.pipe.family(), self._format(), base=base, options=model.lora_options)
 
-    def _save_full(self, model: DiffusionTrainingModule, path: Path) -> Path:
-        tensors = model.export_full_models()
-        prefix = self.remove_prefix_in_ckpt
+    def _write_full(self, file: WeightFile) -> None:
+        model, prefix = file.model, self.remove_prefix_in_ckpt
         if prefix is None and len(model.full_models) == 1:
             # with one model there is only one name under which anything can load it
             prefix = f"pipe.{model.full_models[0]}."
         dtype = model.pipe.torch_dtype
         named = {
-            name.removeprefix(prefix or ""): tensor.detach().to(
-                "cpu", dtype if tensor.is_floating_point() else None, copy=True)
-            for name, tensor in tensors.items()
+            name.removeprefix(prefix or ""): tensor.to("cpu", dtype if tensor.is_floating_point() else None)
+            for name, tensor in file.full.items()
         }
         config = getattr(getattr(model.pipe, model.full_models[0]), "config", None)
-        metadata = {"format": "pt"}
+        metadata = {"format": "pt", "recipe_version": str(RECIPE_VERSION)}
         if len(model.full_models) == 1 and config is not None:
             metadata["config"] = json.dumps(dict(config) if not hasattr(config, "to_dict") else config.to_dict())
-        return save_torch_file(path, named) if path.suffix == ".ckpt" else save_safetensors(path, named, metadata)
+        if file.path.suffix == ".ckpt":
+            save_torch_file(file.path, named)
+        else:
+            save_safetensors(file.path, named, metadata)
 
-    def draw_curve(self) -> Path | None:
-        """Draw ``loss_curve.png`` from the metrics; None when there are none."""
-        rows = self.read_metrics()
-        if not rows:
+    def draw_curve(self, at_most_every_s: float = 0.0) -> Path | None:
+        """Draw ``loss_curve.png`` from the metrics; None when there is nothing new, or when it is too early."""
+        points, held_out = list(self._losses["loss"]), list(self._losses["validation_loss"])
+        num_points = len(points) + len(held_out)
+        if num_points == self._num_drawn or time.monotonic() - self._drawn_at < at_most_every_s:
             return None
+        self._num_drawn, self._drawn_at = num_points, time.monotonic()
         import matplotlib
         from matplotlib.figure import Figure
 
-        steps, losses = [row["step"] for row in rows], [row["loss"] for row in rows]
+        steps, losses = [step for step, _ in points], [loss for _, loss in points]
         with matplotlib.rc_context({"font.size": 9}):
             figure = Figure(figsize=(7, 4), layout="constrained")
             axes = figure.subplots()
             axes.plot(steps, losses, color="#b8c4d6", linewidth=0.8, label="loss")
             axes.plot(steps, _smooth(losses), color="#1f4e9c", linewidth=1.8, label="smoothed")
+            if held_out:
+                axes.plot(*zip(*held_out, strict=True), color="#c8571b", linewidth=1.4, marker="o", markersize=3,
+                          label="held out")
             axes.set(xlabel="optimizer step", ylabel="loss", title=self.output_path.name)
             axes.grid(alpha=0.3)
             axes.legend(frameon=False)
         path = self.output_path / "loss_curve.png"
-        partial = path.with_name(".loss_curve.partial.png")
-        figure.savefig(partial, dpi=120)
-        partial.replace(path)
+        with replace_file(path) as file:
+            figure.savefig(file, dpi=120, format="png")
         return path
 
     def close(self) -> None:

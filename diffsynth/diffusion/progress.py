@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,14 +16,6 @@ from rich.progress import Task as BarTask
 from rich.text import Text
 
 
-def track(bar: ProgressBar, jobs: list) -> Iterator:
-    """The jobs one after the other, each moving the bar on when the next is asked for."""
-    task = bar.add_task("encoding", total=len(jobs), loss="")
-    for job in jobs:
-        yield job
-        bar.advance(task)
-
-
 class _SpeedColumn(ProgressColumn):
     """Steps per second, or seconds per step when they are slow."""
 
@@ -34,10 +25,11 @@ class _SpeedColumn(ProgressColumn):
         return Text(f"{task.speed:.1f}/s" if task.speed >= 1 else f"{1 / task.speed:.1f} s each")
 
 
-def progress_bar(enabled: bool) -> ProgressBar:
+def progress_bar(enabled: bool, to_stderr: bool = False) -> ProgressBar:
     """A bar with count, speed, time gone and time left; disabled, it shows nothing."""
     return ProgressBar(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _SpeedColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"), disable=not enabled,
+        console=Console(stderr=True) if to_stderr else None,
         refresh_per_second=2,  # at rich's own 10 the bar takes 1 % of a core
     )

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack, nullcontext
+import signal
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..config import TrainConfig
 from ..core import random
-from ..core.errors import RunStopped, UserError
+from ..core.errors import StoppedEarly, UserError
+from .bad_items import agree_on_excluded
 from .cache_fill import fill_cache
-from .checkpoint import check_output_folder
+from .checkpoint import check_output_folder, remove_leftovers, set_newer_aside
+from .finite import Verdict, raise_if_hopeless
 from .logger import ModelLogger
+from .loss_report import report_batch, watch_losses
 from .progress import progress_bar
+from .run_plan import announce, plan_run
 from .step_plan import MicroBatch, load_windows
+from .stopping import StopRequest
 from .task import TrainingTask
 from .training_module import DiffusionTrainingModule, PipelineTrainingModule
 
@@ -25,7 +31,9 @@ if TYPE_CHECKING:
 OPTIONS_OF_THE_LOOP = frozenset((
     "learning_rate", "num_epochs", "max_steps", "steps_per_epoch", "batch_size", "seed", "optimizer", "optimizer_args",
     "weight_decay", "lr_scheduler", "lr_warmup_steps", "save_steps", "resume", "gradient_accumulation_steps",
-    "max_grad_norm", "dataset_num_workers", "output_path", "caption_dropout",
+    "max_grad_norm", "dataset_num_workers", "output_path", "caption_dropout", "ema_decay", "max_minutes",
+    "save_in_background", "max_bad_steps", "loss_spike_factor",
+    "on_loss_spike", "validation_split", "validation_every", "validation_timesteps", "keep_best", "on_bad_item",
 ))
 """Options that mean the same for every module."""
 
@@ -50,20 +58,31 @@ def launch_training_task(
     Raises:
         UserError: an option is unknown or wrong, or the output folder holds another run.
         RunStopped: the loss or a gradient is not a finite number.
+        StoppedEarly: SIGTERM, Ctrl-C or ``max_minutes`` ended the run; its state is saved.
     """
     _refuse_ignored_options(model, options)
+    config = (config or TrainConfig()).replace(output_path=str(model_logger.output_path), **options)
+    stop = StopRequest(config.max_minutes)
+    with stop.listening(signal.SIGTERM):
+        _launch(accelerator, dataset, model, model_logger, config, stop)
+
+
+def _launch(
+    accelerator: Accelerator, dataset: Any, model: DiffusionTrainingModule, model_logger: ModelLogger,
+    config: TrainConfig, stop: StopRequest,
+) -> None:
     if accelerator.distributed_type.value not in ("NO", "MULTI_GPU", "MULTI_CPU"):
         raise UserError(f"launching with {accelerator.distributed_type.value} is not supported yet; use accelerate "
                         "launch with --multi_gpu, or one process.")
-    config = (config or TrainConfig()).replace(output_path=str(model_logger.output_path), **options)
+    agree_on_excluded(accelerator, dataset, config)
     if config.task == "sft:data_process":
-        fill_cache(accelerator, dataset, model, config)
+        fill_cache(accelerator, dataset, model, config, stop.raise_if_requested)
         return
     check_output_folder(model_logger.output_path, config.resume)
     # no process may write before the others have looked
     accelerator.wait_for_everyone()
     model_logger.check_format(model)
-    task = TrainingTask(accelerator, dataset, model, model_logger, config)
+    task = TrainingTask(accelerator, dataset, model, model_logger, config, stop)
     task.resume()
     run(task)
 
@@ -80,22 +99,36 @@ def _refuse_ignored_options(model: Any, options: dict[str, Any]) -> None:
 def run(task: TrainingTask) -> None:
     """Train to the end, with everything open that the loop writes to."""
     with ExitStack() as stack:
-        if task.accelerator.mixed_precision != "no" and task.model.lora_models and not task.config.lora_dora:
-            from peft.helpers import disable_input_dtype_casting
-
-            # autocast sees to the dtypes; peft's own cast would keep a copy of the input for every layer
-            stack.enter_context(disable_input_dtype_casting(task.model))
+        stack.enter_context(dtypes_left_to_autocast(task.accelerator, task.model, task.config))
+        stack.enter_context(task.stop.listening(signal.SIGINT))
         if task.is_main:
+            remove_leftovers(task.files.output_path)
+            if task.config.resume not in ("never", "auto"):
+                set_newer_aside(task.files.output_path, task.progress.step)
             task.files.start(task.config, task.progress.step)
+            task.excluded.start(resumed=task.progress.step > 0)
+            announce(plan_run(task), task.files.output_path)
             stack.callback(task.files.close)
-        if task.previews and task.progress.step == 0:
+        stack.enter_context(task.writer)
+        if task.progress.step == 0:
             task.draw_previews()
+        if task.validation is not None and task.validation.is_due:
+            task.validate()
         bar = stack.enter_context(progress_bar(task.is_main))
         bar_task = bar.add_task("training", total=task.total_steps, completed=task.progress.step, loss="")
         train(task, lambda loss: bar.update(bar_task, completed=task.progress.step, loss=f"loss {loss:.4f}"))
-        if task.is_main:
-            task.files.flush()
-            task.files.draw_curve()
+        task.finish_writing()
+
+
+def dtypes_left_to_autocast(
+    accelerator: Accelerator, model: DiffusionTrainingModule, config: TrainConfig
+) -> AbstractContextManager[Any]:
+    """While autocast sees to the dtypes: peft's own cast would keep a copy of the input for every layer."""
+    if accelerator.mixed_precision == "no" or not model.lora_models or config.lora_dora:
+        return nullcontext()
+    from peft.helpers import disable_input_dtype_casting
+
+    return disable_input_dtype_casting(model)
 
 
 def train(task: TrainingTask, report: Any) -> None:
@@ -106,33 +139,51 @@ def train(task: TrainingTask, report: Any) -> None:
             task.items, plan, progress.epoch, progress.step_in_epoch, task.model.collate, config.dataset_num_workers
         )
         for window, micro_batches in windows:
-            loss = accumulate_gradients(task, micro_batches)
+            with watch_losses() as seen:
+                loss = accumulate_gradients(task, micro_batches)
             grad_norm = clip_gradients(task)
-            stop_unless_finite(task, window, loss, grad_norm)
+            verdict = task.judge(window, micro_batches, loss, grad_norm, seen)
             learning_rate = task.lr_scheduler.get_last_lr()[0]
-            task.optimizer.step()
-            if not task.optimizer.step_was_skipped:
-                task.lr_scheduler.step()
-            task.optimizer.zero_grad()
+            apply_gradients(task, verdict)
+            task.writer.check()
+            task.lr_scheduler.step()
             progress.step += 1
             progress.step_in_epoch += 1
-            row = dict(step=progress.step, epoch=progress.epoch, loss=loss.item(), lr=learning_rate,
-                       grad_norm=grad_norm.item() if torch.isfinite(grad_norm) else None, items=len(window))
             if task.is_main:
-                task.files.log(row)
-            report(row["loss"])
-            ended = progress.step_in_epoch == plan.steps_per_epoch
+                task.files.log(dict(
+                    step=progress.step, epoch=progress.epoch, lr=learning_rate,
+                    items=round(len(window) * task.left), **verdict.row()))
+            raise_if_hopeless(verdict)
+            report(verdict.loss)
+            ended = progress.step_in_epoch == plan.steps_in(progress.epoch)
             epoch_that_ended = progress.epoch if ended else None
             if ended:
-                progress.epoch, progress.step_in_epoch = progress.epoch + 1, 0
+                progress.start_next_epoch()
             finished = progress.step == task.total_steps
             saves = _is_due(progress.step, config.save_steps) if config.save_steps else ended
-            if saves or finished:
+            validates = _is_due(progress.step, config.validation_every) if config.validation_every else saves
+            if validates or finished:
+                task.validate(later=verdict.stop and not finished)
+            if saves or finished or verdict.stop:
                 task.save(epoch_that_ended if config.save_steps is None else None)
-            if (_is_due(progress.step, config.sample_every) if config.sample_every else saves) or finished:
+            draws = _is_due(progress.step, config.sample_every) if config.sample_every else saves
+            if (draws and not verdict.stop) or finished:
                 task.draw_previews()
             if finished:
                 return
+            if verdict.stop:
+                stop_early(task)
+
+
+def stop_early(task: TrainingTask) -> None:
+    """End the run where it is, with everything on the disk.
+
+    Raises:
+        StoppedEarly: always.
+    """
+    task.finish_writing()
+    raise StoppedEarly(f"stopped on request ({task.stop.reason() or 'of another process'}) after step "
+                       f"{task.progress.step} of {task.total_steps}; the state is saved, continue with --resume auto.")
 
 
 def _is_due(step: int, every: int) -> bool:
@@ -140,19 +191,21 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def accumulate_gradients(task: TrainingTask, micro_batches: list[MicroBatch]) -> torch.Tensor:
-    """Sum the gradients of a window, weighted by items, and return its mean loss over all processes."""
+    """Sum the gradients of a window, weighted by items, and return this process's part of its mean loss."""
     accelerator, config = task.accelerator, task.config
     total = torch.zeros((), device=accelerator.device)
+    left = task.note_lost(micro_batches)
     for index, batch in enumerate(micro_batches):
         last = index == len(micro_batches) - 1
         with nullcontext() if last else accelerator.no_sync(task.network):
             items = batch.items or [0]
             with random.keyed_items(config.seed, task.progress.epoch, items):
                 loss = task.network(batch.data)
+            report_batch(loss)
             # DDP averages over processes, so that every process counts num_processes fold
-            _backward(accelerator, loss * (batch.weight * accelerator.num_processes))
-        total = total + loss.detach().float() * batch.weight
-    return accelerator.reduce(total, "sum")
+            _backward(accelerator, loss * (batch.weight / left * accelerator.num_processes))
+        total = total + loss.detach().float() * (batch.weight / left)
+    return total
 
 
 def _backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
@@ -172,14 +225,13 @@ def clip_gradients(task: TrainingTask) -> torch.Tensor:
     return torch.nn.utils.clip_grad_norm_(task.parameters.values(), limit)
 
 
-def stop_unless_finite(task: TrainingTask, window: list[int], loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-    """Raise ``RunStopped`` before a number that is not finite reaches the weights."""
-    scaler = task.accelerator.scaler
-    # the scaler of fp16 answers an overflow with a smaller scale and skips the step, until there is none smaller
-    may_overflow = scaler is not None and scaler.get_scale() > 1
-    if not bool(torch.isfinite(loss) & (torch.isfinite(grad_norm) | may_overflow)):
-        raise RunStopped(
-            f"step {task.progress.step + 1}: loss {loss.item()}, gradient norm {grad_norm.item()} are not finite "
-            f"numbers (items {window[:8]}); the weights were left as they were after step {task.progress.step}. "
-            "Try a lower --learning_rate, or --mixed_precision no."
-        )
+def apply_gradients(task: TrainingTask, verdict: Verdict) -> None:
+    """Take the optimizer step, or leave it out and let go of the gradients."""
+    if not verdict.left_out:
+        task.optimizer.step()
+        if task.ema is not None and not task.optimizer.step_was_skipped:
+            task.ema.update()
+    elif task.accelerator.scaler is not None:
+        # without an optimizer step nothing else would tell the scaler that this step is over
+        task.accelerator.scaler.update()
+    task.optimizer.zero_grad()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +15,11 @@ from ..core import random
 from ..core.errors import UserError
 
 TimestepSamplingName = Literal["uniform", "logit_normal", "shifted"]
+
+RECIPE_VERSION = 1
+"""Of the numbers that training makes of (seed, epoch, item, configuration, resolution): noise levels, weights, noisy
+latents, target. Whoever changes any of them adds a function to ``RECIPES`` under a new number and leaves the old one
+as it is; the goldens in ``tests/data/recipes`` hold every number to its values."""
 
 
 def add_noise(latents: torch.Tensor, noise: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:
@@ -80,3 +88,54 @@ class TimestepSampling:
         # mean of the Gaussian over [0, 1], so that the average weight of uniform sigmas is 1
         mean = width * math.sqrt(2 * math.pi) * math.erf(0.5 / (width * math.sqrt(2)))
         return torch.exp(-0.5 * ((sigmas - 0.5) / width) ** 2) / mean
+
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """The noise level and the weight of each sample of a batch, all (B,), float32."""
+
+    timesteps: torch.Tensor
+    """1000 * sigma."""
+    sigmas: torch.Tensor
+    weights: torch.Tensor
+    """Weight of the sample's error in the mean."""
+
+
+def _recipe_1(sampling: TimestepSampling, batch_size: int, family_shift: float) -> NoiseLevels:
+    sigmas = sampling.sample_sigmas(batch_size, family_shift)
+    return NoiseLevels(1000 * sigmas, sigmas, sampling.weights(sigmas))
+
+
+RECIPES: Mapping[int, Callable[[TimestepSampling, int, float], NoiseLevels]] = {1: _recipe_1}
+"""Every recipe there ever was, by version."""
+
+_GIVEN: ContextVar[torch.Tensor | None] = ContextVar("diffsynth_given_sigmas", default=None)
+
+
+def training_recipe(
+    sampling: TimestepSampling, batch_size: int, family_shift: float, version: int = RECIPE_VERSION
+) -> NoiseLevels:
+    """The noise levels at which a batch is trained; a function of its arguments and of ``random.keyed_items`` alone.
+
+    Args:
+        sampling: What the options say.
+        batch_size: Samples in the batch.
+        family_shift: The family's shift at this resolution (``BasePipeline.training_shift``).
+        version: One of ``RECIPES``.
+    """
+    sigmas = _GIVEN.get()
+    if sigmas is None:
+        return RECIPES[version](sampling, batch_size, family_shift)
+    if sigmas.shape != (batch_size,):
+        raise ValueError(f"{sigmas.shape[0]} noise levels were given for {batch_size} samples.")
+    return NoiseLevels(1000 * sigmas, sigmas, torch.ones_like(sigmas))
+
+
+@contextmanager
+def noise_levels_given(sigmas: torch.Tensor) -> Iterator[None]:
+    """Within this block ``training_recipe`` draws nothing: it gives these sigmas, (B,), float32, with weight 1."""
+    token = _GIVEN.set(sigmas.float())
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)

@@ -11,8 +11,8 @@ import torch
 from ..core.errors import UserError, did_you_mean
 from .base_pipeline import BasePipeline
 from .loss import FlowMatchSFTLoss
-from .schedule import TimestepSampling
-from .unit import FrozenPrefix, Inputs, frozen_prefix, run_unit
+from .schedule import RECIPE_VERSION, TimestepSampling
+from .unit import FrozenPrefix, Inputs, PipelineUnit, frozen_prefix, run_unit
 
 if TYPE_CHECKING:
     from ..adapters.lora import LoraState
@@ -98,6 +98,7 @@ class DiffusionTrainingModule(torch.nn.Module):
                         dora=lora_dora, dtype=lora_dtype, seed=seed)
             self.lora_options = {
                 "lora_target_modules": lora_target_modules, "lora_rslora": lora_rslora, "lora_dora": lora_dora,
+                "recipe_version": RECIPE_VERSION,
             }
             if lora_checkpoint:
                 load_lora_weights(network, load_lora_file(lora_checkpoint, pipe.family()), lora_base_model)
@@ -116,6 +117,7 @@ class DiffusionTrainingModule(torch.nn.Module):
         for name in fp8_models:
             if name not in leave_out:
                 store_in_fp8(self._component(pipe, name))
+        pipe.fp8_models = tuple(fp8_models)  # one that is released and loaded again is stored in float8 again
 
     @staticmethod
     def _component(pipe: BasePipeline, name: str) -> torch.nn.Module:
@@ -145,8 +147,12 @@ class DiffusionTrainingModule(torch.nn.Module):
 
         return {name: lora_state(getattr(self.pipe, name)) for name in self.lora_models}
 
-    def collate(self, items: list[Item]) -> Any:
-        """One batch from several items: the item itself when there is one, else a dictionary of lists."""
+    @staticmethod
+    def collate(items: list[Item]) -> Any:
+        """One batch from several items: the item itself when there is one, else a dictionary of lists.
+
+        Static, as it is sent to the processes that load data, where the module itself must not go.
+        """
         return items[0] if len(items) == 1 else {key: [item[key] for item in items] for key in items[0]}
 
 
@@ -193,15 +199,17 @@ class PipelineTrainingModule(DiffusionTrainingModule):
         )
 
     def pipeline_inputs(self, data: Item) -> tuple[Inputs, Inputs, Inputs]:
-        """What the caller of the pipeline would give to draw these pictures; values may be lists of a batch."""
-        images = data["image"] if isinstance(data["image"], list) else [data["image"]]
-        shared: Inputs = {
-            "input_image": images, "width": images[0].size[0], "height": images[0].size[1], "batch_size": len(images),
-            **self.constant_inputs(),
-        }
-        shared.update({name: data[name] for name in self.extra_inputs})
-        prompts = data["prompt"] if isinstance(data["prompt"], list) else [data["prompt"]]
-        return shared, {"prompt": prompts}, {}
+        """What the caller of the pipeline would give to draw these pictures; values may be lists of a batch.
+
+        Args:
+            data: A sample, or those columns of it that the units to be run depend on.
+        """
+        listed = {name: value if isinstance(value, list) else [value] for name, value in data.items()}
+        shared: Inputs = {"batch_size": len(next(iter(listed.values()))), **self.constant_inputs()}
+        if images := listed.get("image"):
+            shared.update(input_image=images, width=images[0].size[0], height=images[0].size[1])
+        shared.update({name: data[name] for name in self.extra_inputs if name in data})
+        return shared, {"prompt": listed["prompt"]} if "prompt" in listed else {}, {}
 
     def constant_inputs(self) -> Inputs:
         """Inputs that are the same for every item."""
@@ -214,7 +222,8 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             "use_gradient_checkpointing_offload": self.config.use_gradient_checkpointing_offload,
         }
 
-    def collate(self, items: list[Item]) -> Any:
+    @staticmethod
+    def collate(items: list[Item]) -> Any:
         """Tensors of cached items are joined along the batch; other columns become lists."""
         def join(values: list) -> Any:
             if isinstance(values[0], torch.Tensor):
@@ -238,11 +247,20 @@ class PipelineTrainingModule(DiffusionTrainingModule):
             for unit in self.pipe.units:
                 if unit.draws_noise:
                     continue
-                frozen = unit in self.prefix.units
+                frozen = unit in self.prefix.units or self._overflows_in_autocast(unit)
                 # frozen encoders compute in the dtype of their weights, as they do when their outputs are cached
                 with torch.autocast(self.pipe.device.type, enabled=False) if frozen else nullcontext():
                     shared, posi, _ = run_unit(unit, self.pipe, shared, posi, {})
         return FlowMatchSFTLoss(self.pipe, **{**shared, **posi})
+
+    def _overflows_in_autocast(self, unit: PipelineUnit) -> bool:
+        """Whether a trained network of the unit must not compute in autocast's dtype."""
+        device = self.pipe.device.type
+        if not torch.is_autocast_enabled(device):
+            return False
+        dtype = str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+        return any(component.name in unit.models and dtype not in component.spec.safe_dtypes
+                   for component in self.pipe.family().components)
 
 
 def _names(comma_separated: str | Sequence[str] | None) -> list[str]:

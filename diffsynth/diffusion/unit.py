@@ -30,6 +30,8 @@ class PipelineUnit:
     """Attributes of the pipeline that hold the networks it uses."""
     draws_noise: ClassVar[bool] = False
     """True when the output changes from one call to the next, so that it can never be cached."""
+    version: ClassVar[int] = 1
+    """Raised when ``process`` gives other outputs than before, so that older cache entries are not used."""
 
     def process(self, pipe: BasePipeline, **inputs: Any) -> Inputs:
         """Compute ``outputs`` from ``inputs`` and ``prompt_inputs``."""

@@ -93,6 +93,15 @@ def _config(shapes: Shapes, channels: Sequence[int], num_blocks: int, attention:
     }
 
 
+def _diffusers_key_map(config: Mapping[str, Any]) -> KeyMap:
+    """The names of old exports (``query``, ``proj_attn``) beside today's; both are read."""
+    names = [rename(name, name) for name in autoencoder_key_map(config).our_names()]
+    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    halves = [f"{half}.mid_block.attentions.0" for half in ("encoder", "decoder")]
+    return KeyMap((*names, *(rename(f"{half}.{theirs}.*", f"{half}.{ours}.*", squeeze=True)
+                             for half in halves for theirs, ours in old.items())))
+
+
 def _our_names(config: Mapping[str, Any]) -> list[str]:
     return autoencoder_key_map(config).our_names()
 
@@ -100,48 +109,49 @@ def _our_names(config: Mapping[str, Any]) -> list[str]:
 FLUX_VAE_CONSTANTS: dict[str, Any] = {
     "scaling_factor": 0.3611, "shift_factor": 0.1159, "force_upcast": True, "sample_size": 1024,
 }  # fmt: skip
+SD_VAE_CONSTANTS: dict[str, Any] = {"scaling_factor": 0.18215, "force_upcast": True, "sample_size": 512}
+"""CompVis/stable-diffusion ``v1-inference.yaml``; a family whose latents are scaled otherwise says so itself."""
+
+_QUANT_CONVS = {"quant_conv.weight": (None, None, 1, 1), "post_quant_conv.weight": (None, None, 1, 1)}
+_ENDS = {
+    "encoder.conv_in.weight": (None, None, 3, 3), "decoder.conv_in.weight": (None, None, 3, 3),
+    "decoder.conv_out.weight": (None, None, 3, 3),
+}
+_ORIGINAL = {
+    "encoder.down.0.block.0.conv1.weight": (None, None, 3, 3), "decoder.up.0.block.0.conv1.weight": (None, None, 3, 3),
+}
+_DIFFUSERS = {
+    "encoder.down_blocks.0.resnets.0.conv1.weight": (None, None, 3, 3),
+    "decoder.up_blocks.0.resnets.0.conv1.weight": (None, None, 3, 3),
+}
 
 
-def _flux_original_config(shapes: Shapes) -> dict[str, Any]:
-    return {**original_config(shapes), **FLUX_VAE_CONSTANTS}
-
-
-def _flux_diffusers_config(shapes: Shapes) -> dict[str, Any]:
-    return {**diffusers_config(shapes), **FLUX_VAE_CONSTANTS}
-
-
-FLUX_VAE = ComponentSpec(
-    kind="flux_vae",
-    default_name="vae",
-    class_path="diffusers.models.autoencoders.autoencoder_kl.AutoencoderKL",
-    our_names=_our_names,
-    layouts=(
-        Layout(
-            name="original",
-            signature={
-                "encoder.down.0.block.0.conv1.weight": (None, None, 3, 3),
-                "encoder.conv_in.weight": (None, None, 3, 3),
-                "decoder.conv_in.weight": (None, None, 3, 3),
-                "decoder.conv_out.weight": (None, None, 3, 3),
-                "decoder.up.0.block.0.conv1.weight": (None, None, 3, 3),
-            },
-            absent=("quant_conv.weight", "post_quant_conv.weight"),
+def _spec(kind: str, constants: Mapping[str, Any], quant_convs: bool) -> ComponentSpec:
+    def layout(name: str, ends: Mapping[str, tuple[int | None, ...]], config: Any, key_map: Any = None) -> Layout:
+        return Layout(
+            name=name,
+            signature={**ends, **_ENDS, **(_QUANT_CONVS if quant_convs else {})},
+            absent=() if quant_convs else tuple(_QUANT_CONVS),
             prefixes=PREFIXES,
-            key_map=autoencoder_key_map,
-            config=_flux_original_config,
+            key_map=key_map,
+            config=lambda shapes: {**config(shapes), **constants},
+        )
+
+    return ComponentSpec(
+        kind=kind,
+        default_name="vae",
+        class_path="diffusers.models.autoencoders.autoencoder_kl.AutoencoderKL",
+        our_names=_our_names,
+        # the published configurations say force_upcast: in float16 pictures turn black
+        safe_dtypes=("float32", "bfloat16"),
+        layouts=(
+            layout("original", _ORIGINAL, original_config, autoencoder_key_map),
+            layout("diffusers", _DIFFUSERS, diffusers_config, _diffusers_key_map),
         ),
-        Layout(
-            name="diffusers",
-            signature={
-                "encoder.down_blocks.0.resnets.0.conv1.weight": (None, None, 3, 3),
-                "encoder.conv_in.weight": (None, None, 3, 3),
-                "decoder.conv_in.weight": (None, None, 3, 3),
-                "decoder.conv_out.weight": (None, None, 3, 3),
-                "decoder.up_blocks.0.resnets.0.conv1.weight": (None, None, 3, 3),
-            },
-            absent=("quant_conv.weight", "post_quant_conv.weight"),
-            prefixes=PREFIXES,
-            config=_flux_diffusers_config,
-        ),
-    ),
-)
+    )
+
+
+FLUX_VAE = _spec("flux_vae", FLUX_VAE_CONSTANTS, quant_convs=False)
+"""FLUX.1 and, with other constants, Stable Diffusion 3: sixteen channels."""
+SD_VAE = _spec("sd_vae", SD_VAE_CONSTANTS, quant_convs=True)
+"""Stable Diffusion 1.x and, with another scale, XL, Kolors and Hunyuan-DiT: four channels."""

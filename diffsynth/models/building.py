@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -39,19 +40,28 @@ def build_empty(spec: ComponentSpec, config: Mapping[str, Any]) -> nn.Module:
     network_class = spec.load_class()
     try:
         with _WeightsOnMeta():
-            module = _construct(network_class, config)
+            module = _construct(network_class, config, spec.arguments)
     except (TypeError, ValueError, KeyError, ZeroDivisionError, RuntimeError) as error:
         raise UserError(f"{network_class.__name__} cannot be built from the configuration {dict(config)}: "
                         f"{error}") from error
     return module.eval()
 
 
-def _construct(network_class: Any, config: Mapping[str, Any]) -> nn.Module:
+def _construct(network_class: Any, config: Mapping[str, Any], arguments: Mapping[str, Any]) -> nn.Module:
     config_class = getattr(network_class, "config_class", None)
     if config_class is not None:  # transformers
-        return network_class(config_class(**config))
+        known = _config_fields(config_class)
+        described = config_class(**{name: value for name, value in config.items() if name in known})
+        return network_class(described, **arguments)
     accepted = inspect.signature(network_class.__init__).parameters
-    return network_class(**{name: value for name, value in config.items() if name in accepted})
+    return network_class(**{name: value for name, value in config.items() if name in accepted}, **arguments)
+
+
+def _config_fields(config_class: type) -> set[str]:
+    """What describes this network, without what every configuration may hold: from a foreign ``config.json``,
+    ``attn_implementation`` would fetch code from a hub and ``num_labels`` fill the memory."""
+    own = itertools.takewhile(lambda base: base.__module__ != "transformers.configuration_utils", config_class.__mro__)
+    return {name for base in own for name in inspect.get_annotations(base)} | {"tie_word_embeddings"}
 
 
 def stream_weights(module: nn.Module, found: Found, reader: WeightReader, torch_dtype: torch.dtype,
@@ -75,12 +85,18 @@ def stream_weights(module: nn.Module, found: Found, reader: WeightReader, torch_
                                 f"but {type(module).__name__} needs {tuple(targets[ours].shape)}; the file or the "
                                 "configuration beside it belongs to another model.")
             dtype = torch.float32 if any(name in ours.split(".") for name in keep_float32) else torch_dtype
-            tensor = torch.empty(shape, dtype=dtype if info.dtype.is_floating_point else info.dtype, device=device)
+            as_stored = tuple(reversed(shape)) if match.rule.transpose else shape
+            tensor = torch.empty(as_stored, dtype=dtype if info.dtype.is_floating_point else info.dtype, device=device)
             reader.read_rows(key, first_row, tensor)
             first_row += shape[0] if shape else 0
+            if match.rule.transpose:
+                tensor = tensor.t().contiguous()
             if match.rule.swap_halves:
                 tensor = torch.cat(list(reversed(tensor.chunk(2, dim=0))), dim=0)
             _assign(module, [ours, tied[ours]] if ours in tied else [ours], tensor)
+    for name in found.spec.identity:
+        if targets[name].is_meta and not any(name in match.ours for match in found.sources.values()):
+            _assign(module, [name], torch.eye(*targets[name].shape, dtype=torch_dtype, device=device))
     _finish_buffers(module, device)
 
 

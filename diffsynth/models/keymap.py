@@ -30,10 +30,14 @@ class Rule:
     """The two halves of the rows stand in the other order (shift, scale against scale, shift)."""
     squeeze: bool = False
     """A 1x1 convolution (out, in, 1, 1) in the original, a linear layer (out, in) here."""
+    transpose: bool = False
+    """A matrix (in, out) in the original, (out, in) here."""
 
 
-def rename(original: str, ours: str, *, swap_halves: bool = False, squeeze: bool = False) -> Rule:
-    return Rule(original, (ours,), (1,), swap_halves, squeeze)
+def rename(
+    original: str, ours: str, *, swap_halves: bool = False, squeeze: bool = False, transpose: bool = False
+) -> Rule:
+    return Rule(original, (ours,), (1,), swap_halves, squeeze, transpose)
 
 
 def split(original: str, ours: Sequence[str], proportions: Sequence[int] | None = None) -> Rule:
@@ -123,6 +127,8 @@ def to_ours(rule: Rule, tensor: torch.Tensor) -> list[torch.Tensor]:
     """The rows of one original tensor as the tensors they become here."""
     if rule.squeeze and tensor.ndim == 4:
         tensor = tensor[:, :, 0, 0]
+    if rule.transpose:
+        tensor = tensor.t()
     if rule.swap_halves:
         first, second = tensor.chunk(2, dim=0)
         tensor = torch.cat([second, first], dim=0)
@@ -136,7 +142,7 @@ def to_original(rule: Rule, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         tensor = torch.cat([second, first], dim=0)
     if rule.squeeze and tensor.ndim == 2:
         tensor = tensor[:, :, None, None]
-    return tensor
+    return tensor.t() if rule.transpose else tensor
 
 
 def row_counts(rule: Rule, rows: int) -> list[int]:
@@ -149,6 +155,8 @@ def row_counts(rule: Rule, rows: int) -> list[int]:
 
 def shapes_to_ours(rule: Rule, shape: Sequence[int]) -> list[tuple[int, ...]]:
     """Shapes of our tensors from the shape of the original one."""
+    if rule.transpose:
+        return [tuple(reversed(shape))]
     rest = tuple(shape[1:2]) if rule.squeeze and len(shape) == 4 else tuple(shape[1:])
     if len(rule.ours) == 1:
         return [(*shape[:1], *rest)]

@@ -187,12 +187,12 @@ def _load(place: _Located, name: str, torch_dtype: torch.dtype | None, device: t
 
 
 def _safe_dtype(spec: ComponentSpec, torch_dtype: torch.dtype) -> torch.dtype:
-    """The asked dtype, or float32 where the network overflows in it; storage dtypes below 16 bits pass."""
+    """The asked dtype, or a safe one where the network overflows in it; storage dtypes below 16 bits pass."""
     name = str(torch_dtype).removeprefix("torch.")
     if torch_dtype.itemsize < 2 or name in spec.safe_dtypes:
         return torch_dtype
-    logger.info("%s is kept in float32: it is not safe in %s.", spec.kind, name)
-    return torch.float32
+    logger.info("%s is kept in %s: it overflows in %s.", spec.kind, spec.safe_dtypes[0], name)
+    return getattr(torch, spec.safe_dtypes[0])
 
 
 def _check_complete(found: Found, reader: WeightReader) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..core.errors import UserError
 from ..core.loader.reader import TensorInfo, WeightReader, first_keys
+from .given_config import given_config
 from .keymap import KeyMap, Match, Rule
 from .spec import ComponentSpec, Layout
 
@@ -31,7 +31,6 @@ TELLTALES = (
     (r"(^|\.)blocks\.\d+\.(self_attn|cross_attn)\.", "a video transformer"),
     (r"^(controlnet_|control_)", "a ControlNet"),
 )
-_NOT_CONFIGURATION = ("architectures", "model_type", "torch_dtype", "dtype", "transformers_version")
 
 
 @dataclass
@@ -81,12 +80,12 @@ def find_components(reader: WeightReader, specs: Iterable[ComponentSpec],
     found: list[Found] = []
     for spec in specs:
         placed = _find(reader.tensors, spec)
-        if placed is None or any(placed == (other.layout.name, other.prefix) and _same(other, spec) for other in found):
+        if placed is None or any(placed[1] == other.prefix and _same(other, spec) for other in found):
             continue
         layout, prefix = placed
         shapes = {key[len(prefix) :]: info.shape for key, info in reader.tensors.items() if key.startswith(prefix)}
-        config = {**layout.config(shapes), **(constants or {}).get(spec.kind, {})}
-        config.update(_given_config(reader, spec, config, alone=prefix == ""))
+        config = {**_shown_config(layout, shapes, reader, spec), **(constants or {}).get(spec.kind, {})}
+        config.update(given_config(reader, spec.class_path.rpartition(".")[2], config, alone=prefix == ""))
         found.append(Found(spec, layout, prefix, shapes, config))
     return found
 
@@ -102,8 +101,8 @@ def _find(tensors: Mapping[str, TensorInfo], spec: ComponentSpec) -> tuple[Layou
 
 
 def _same(found: Found, spec: ComponentSpec) -> bool:
-    """Two specs of one class at one place in a file are two readings of the same weights."""
-    return found.spec.class_path == spec.class_path
+    """Two specs of one class, or variants, at one place in a file are two readings of the same weights."""
+    return found.spec.class_path == spec.class_path or spec.variant_of == found.spec.kind
 
 
 def _fits(info: TensorInfo | None, shape: tuple[int | None, ...] | None) -> bool:
@@ -114,34 +113,14 @@ def _fits(info: TensorInfo | None, shape: tuple[int | None, ...] | None) -> bool
     )
 
 
-def _given_config(reader: WeightReader, spec: ComponentSpec, shown: Mapping[str, Any], alone: bool) -> dict[str, Any]:
-    """Configuration that came with the file: in its metadata, else a config.json beside it that is about this class."""
-    class_name = spec.class_path.rpartition(".")[2]
-    if "config" in reader.metadata:
-        given = _parse(reader.metadata["config"], f"the metadata of {reader.describe()}")
-        if given.get("_class_name", class_name) == class_name and (set(given) & set(shown)):
-            return _clean(given)
-    beside = reader.paths[0].parent / "config.json"
-    if alone and beside.is_file():
-        given = _parse(beside.read_text(encoding="utf-8"), str(beside))
-        named = [given.get("_class_name"), *(given.get("architectures") or [])]
-        if class_name in named:
-            return _clean(given)
-    return {}
-
-
-def _parse(text: str, origin: str) -> dict[str, Any]:
+def _shown_config(layout: Layout, shapes: Mapping[str, tuple[int, ...]], reader: WeightReader,
+                  spec: ComponentSpec) -> dict[str, Any]:
     try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"the configuration in {origin} is no JSON ({error}); repair or remove it.") from error
-    if not isinstance(config, dict):
-        raise UserError(f"the configuration in {origin} is no JSON object; repair or remove it.")
-    return config
-
-
-def _clean(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if not key.startswith("_") and key not in _NOT_CONFIGURATION}
+        return layout.config(shapes)
+    except (KeyError, IndexError, ZeroDivisionError, TypeError, ValueError) as error:
+        reason = str(error) if isinstance(error, UserError) else f"missing or impossible: {error}"
+        raise UserError(f"{reader.describe()} looks like {spec.kind}, but its weights do not fit together ({reason}); "
+                        "the file is incomplete or damaged.") from error
 
 
 def assign_weights(tensors: Mapping[str, TensorInfo], found: Sequence[Found],
@@ -185,7 +164,7 @@ def _claim(key: str, found: Sequence[Found], names: Sequence[set[str]]) -> bool:
 
 def _missing(component: Found, wanted: set[str]) -> list[str]:
     """Names, in the file's spelling, that the network has and the file has not."""
-    present = {ours for match in component.sources.values() for ours in match.ours}
+    present = {ours for match in component.sources.values() for ours in match.ours} | set(component.spec.identity)
     for first, second in component.spec.tied.items():
         if present & {first, second}:
             present |= {first, second}

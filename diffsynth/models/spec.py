@@ -46,11 +46,17 @@ class ComponentSpec:
     family: str = ""
     """Family that owns this component, empty when several families share it."""
     safe_dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
-    """Dtypes in which it computes without overflow."""
+    """Dtypes in which it computes without overflow; the first takes the place of one that is not among them."""
     tied: Mapping[str, str] = field(default_factory=dict)
     """Our keys that share the storage of another of our keys (T5's two embeddings); a file may hold either or both."""
     our_names: Callable[[Mapping[str, Any]], list[str]] | None = None
     """Configuration -> every name of our network, so that ``inspect`` need not import its class (seconds)."""
+    identity: tuple[str, ...] = ()
+    """Square matrices of ours that are the identity where a file leaves them out."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the class besides its configuration."""
+    variant_of: str = ""
+    """Kind of the spec that reads the same files for another class; of the two, a file is described by the first."""
 
     def load_class(self) -> type:
         module, _, name = self.class_path.rpartition(".")
@@ -81,9 +87,12 @@ class Preset:
     folder: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class ModelFamily:
-    """Everything the engine knows of a family; one constant ``FAMILY`` in ``pipelines/<family>.py``."""
+    """Everything the engine knows of a family; one constant ``FAMILY`` in ``pipelines/<family>.py``.
+
+    Compared by identity, so that what is derived from one can be remembered.
+    """
 
     name: str
     pipeline: str
@@ -100,6 +109,8 @@ class ModelFamily:
     """What ``--lora_format auto`` writes."""
     lora_key_maps: Mapping[str, Callable[[], KeyMap]] = field(default_factory=dict)
     """Layout name (``original``, ``diffsynth``) -> table of module names for the adapter formats."""
+    lora_convolutions: tuple[str, ...] = ()
+    """Regular expressions of our denoiser layers that are convolutions; all others are linear."""
     presets: Mapping[str, tuple[Preset, ...]] = field(default_factory=dict)
 
 
@@ -107,4 +118,4 @@ def count_blocks(shapes: Shapes, prefix: str) -> int:
     """How many numbered parts ``prefix.0.``, ``prefix.1.``, ... there are."""
     start = prefix + "."
     numbers = {key[len(start) :].split(".", 1)[0] for key in shapes if key.startswith(start)}
-    return len({int(number) for number in numbers if number.isdigit()})
+    return len({int(number) for number in numbers if number.isdecimal() and len(number) < 9})

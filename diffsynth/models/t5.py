@@ -63,6 +63,8 @@ T5_XXL = ComponentSpec(
     default_name="text_encoder_2",
     class_path="transformers.models.t5.modeling_t5.T5EncoderModel",
     our_names=_our_names,
+    # activations beyond 65504 are usual in it; it was trained in bfloat16
+    safe_dtypes=("bfloat16", "float32"),
     tied={"encoder.embed_tokens.weight": "shared.weight"},
     layouts=tuple(
         Layout(
@@ -76,3 +78,23 @@ T5_XXL = ComponentSpec(
         for embedding in ("shared.weight", "encoder.embed_tokens.weight")
     ),
 )
+
+MT5_XL = ComponentSpec(
+    kind="mt5",
+    variant_of=T5_XXL.kind,
+    default_name="text_encoder_2",
+    class_path=T5_XXL.class_path,
+    our_names=_our_names,
+    tied=T5_XXL.tied,
+    layouts=tuple(
+        Layout(
+            name="diffusers",
+            signature={**_SIGNATURE, embedding: (None, None)},
+            absent=_ABSENT[:1],
+            config=_config,
+            ignored=(r"logit_scale", r"decoder\..*", r"lm_head\.weight"),
+        )
+        for embedding in ("shared.weight", "encoder.embed_tokens.weight")
+    ),
+)
+"""The multilingual T5, published as the full model; only its encoder is used."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,9 +50,9 @@ class EncodePrompt(PipelineUnit):
         self, pipe: FluxImagePipeline, prompt: str | list[str] | None, max_sequence_length: int | None
     ) -> Inputs:
         prompts = [prompt or ""] if isinstance(prompt, str) or prompt is None else list(prompt)
-        length = max_sequence_length or pipe.default_sequence_length()
-        clip_tokens = _tokenize(pipe.tokenizer, prompts, pipe.tokenizer.model_max_length)
-        t5_tokens = _tokenize(pipe.tokenizer_2, prompts, length)
+        limits = pipe.token_limits(max_sequence_length)
+        clip_tokens = _tokenize(pipe.tokenizer, prompts, limits["tokenizer"])
+        t5_tokens = _tokenize(pipe.tokenizer_2, prompts, limits["tokenizer_2"])
         pooled = pipe.text_encoder(clip_tokens.to(pipe.device)).pooler_output
         embeds = pipe.text_encoder_2(t5_tokens.to(pipe.device))[0]
         return {
@@ -110,22 +111,37 @@ def model_fn_flux(
 ) -> torch.Tensor:
     """Predict ``noise - latents``, (B, 16, h, w), for latents at ``timesteps`` = 1000 * sigma, (B,)."""
     set_gradient_checkpointing(dit, use_gradient_checkpointing, use_gradient_checkpointing_offload)
+    sigmas = timesteps.float() / 1000
     batch_size, _, latent_height, latent_width = latents.shape
     dtype, device = prompt_embeds.dtype, latents.device
     guidance = None
     if dit.config.guidance_embeds:
         guidance = torch.full((batch_size,), embedded_guidance, device=device, dtype=torch.float32)
-    tokens = dit(
-        hidden_states=pack_latents(latents.to(dtype)),
-        timestep=timesteps / 1000,
-        guidance=guidance,
-        pooled_projections=pooled_prompt_embeds,
-        encoder_hidden_states=prompt_embeds,
-        txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device, dtype=dtype),
-        img_ids=image_token_ids(latent_height, latent_width).to(device, dtype),
-        return_dict=False,
-    )[0]
+    with _exact_timesteps(dit, 1000 * sigmas):
+        tokens = dit(
+            hidden_states=pack_latents(latents.to(dtype)),
+            timestep=sigmas,
+            guidance=guidance,
+            pooled_projections=pooled_prompt_embeds,
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device, dtype=dtype),
+            img_ids=image_token_ids(latent_height, latent_width).to(device, dtype),
+            return_dict=False,
+        )[0]
     return unpack_latents(tokens, latent_height, latent_width)
+
+
+@contextmanager
+def _exact_timesteps(dit: Any, timesteps: torch.Tensor) -> Iterator[None]:
+    """Give the timestep's embedding float32, (B,), although the network rounds its timestep to its own dtype first.
+
+    bfloat16 has steps of 4 near 1000, so timesteps 997 and 995 would become the same noise level.
+    """
+    handle = dit.time_text_embed.register_forward_pre_hook(lambda module, inputs: (timesteps, *inputs[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class FluxImagePipeline(BasePipeline):
@@ -160,9 +176,16 @@ class FluxImagePipeline(BasePipeline):
             base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
         )
 
+    def reads(self, name: str) -> bool:
+        return super().reads(name) and (name != "embedded_guidance" or self.is_guidance_distilled())
+
     def is_guidance_distilled(self) -> bool:
         """Whether this is dev, which takes the guidance scale as an input, and not schnell."""
         return bool(self.component_configs.get("dit", {}).get("guidance_embeds", True))
+
+    def token_limits(self, max_sequence_length: int | None = None) -> dict[str, int]:
+        """CLIP's 77 tokens, and those of T5."""
+        return {**super().token_limits(), "tokenizer_2": max_sequence_length or self.default_sequence_length()}
 
     def default_sequence_length(self) -> int:
         """T5 tokens per prompt: 512 (dev), 256 (schnell), or fewer if the tokenizer says so."""

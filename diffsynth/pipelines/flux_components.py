@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..core.errors import UserError
 from ..models.keymap import KeyMap, Rule, rename, split
 from ..models.spec import ComponentSpec, Layout, Shapes, count_blocks
 
@@ -103,6 +104,8 @@ def _config(*, hidden_size: int, head_dim: int, **shown: Any) -> dict[str, Any]:
 
 def _rope_axes(head_dim: int) -> tuple[int, int, int]:
     """(16, 56, 56) for the published 128; other widths keep the ratio, in even numbers that add up."""
+    if head_dim < 8 or head_dim % 2:
+        raise UserError(f"the heads of a FLUX transformer have an even number of channels, at least 8, not {head_dim}.")
     first = max(2, 2 * round(head_dim / 16))
     while (head_dim - first) % 4:
         first += 2

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import UserError
+from ..core.errors import UserError, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -113,13 +113,15 @@ def inspect_dataset(folder: Path, metadata: Path | None) -> dict[str, Any]:
     from ..core.data import UnifiedDataset
 
     table = UnifiedDataset(folder, metadata)
-    columns = list(table.row(0))
+    columns = list(table.rows.table.columns)
     keys = tuple(key for key in ("image", "video") if key in columns)
     dataset = UnifiedDataset(folder, metadata, data_file_keys=keys,
                              main_data_operator=UnifiedDataset.default_image_operator(
                                  str(folder), height_division_factor=1, width_division_factor=1))
     sizes, problems = _sizes_and_problems(dataset) if "image" in keys else (Counter(), [])
     captions = [str(table.row(item).get("prompt", "")) for item in range(table.num_rows)]
+    found = dataset.rows.table.problems.items()
+    problems += [f"{dataset.rows.place(number, key)}: {reason}" for number, (key, reason) in found]
     if "prompt" not in columns:
         problems.append(f"{dataset.metadata_path} has no column 'prompt' (or 'text').")
     return {
@@ -153,7 +155,7 @@ def write_tables(found: Mapping[str, Any]) -> None:
     """Show what ``inspect`` found on stdout."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False)
     if "components" in found:
         for component in found["components"]:
             console.print(_component_table(component))
@@ -190,8 +192,8 @@ def _two_columns(title: str, values: Mapping[str, Any]) -> Table:
 
 def _readable(value: Any) -> str:
     if isinstance(value, Mapping):
-        return "\n".join(f"{key}: {_readable(item)}" for key, item in value.items())
+        return "\n".join(f"{printable(str(key))}: {_readable(item)}" for key, item in value.items())
     if isinstance(value, list | tuple):
         separator = ", " if all(isinstance(item, int | float) for item in value) else "\n"
-        return separator.join(map(str, value))
-    return str(value)
+        return separator.join(printable(str(item)) for item in value)
+    return printable(str(value))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -18,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 from ..config import TrainConfig
 from ..core.errors import UserError
 from ..core.startup import collector_paused, keep_freed_memory
+from .option_checks import capable_device, check_inputs, check_options, check_precision
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from ..core.data import UnifiedDataset
+    from ..core.data.row_checks import Depth
     from ..core.loader import ModelConfig
     from ..diffusion.base_pipeline import BasePipeline
     from ..diffusion.training_module import DiffusionTrainingModule, PipelineTrainingModule
@@ -52,19 +53,23 @@ def check_run(config: TrainConfig) -> tuple[ModelFamily, list[ModelConfig], Unif
     Raises:
         UserError: an option, a file or the data set is not as it must be.
     """
-    from ..core.device import choose_device
+    from ..core.data.cache import check_cache_folder
+    from ..diffusion.cache_fill import cache_folder
     from ..diffusion.checkpoint import check_output_folder
 
     check_options(config)
     check_output_folder(Path(config.output_path), config.resume)
-    device = choose_device(config.device)
-    if device.type == "cpu" and config.mixed_precision == "fp16":
-        raise UserError("--mixed_precision fp16 needs a GPU; on the CPU use bf16 or no.")
+    if config.cache != "off":
+        check_cache_folder(cache_folder(config))
+    capable_device(config)
     configs = model_configs(config)
     components = inspect_configs(configs)
     family = choose_family(config.family, components)
-    dataset = build_dataset(config, division_factors(family, components))
+    pipe = empty_pipeline(family, components)
+    dataset = build_dataset(config, (pipe.height_division_factor, pipe.width_division_factor))
     check_dataset(config, dataset)
+    check_inputs(config, pipe)
+    check_precision(config, family, pipe.denoiser_models)
     return family, configs, dataset
 
 
@@ -82,52 +87,19 @@ def launch(
     launch_training_task(accelerator, dataset, model, model_logger, config)
 
 
-def check_options(config: TrainConfig) -> None:
-    """Options that a run needs, and options that would have no effect."""
-    if not config.dataset_base_path and not config.dataset_metadata_path:
-        raise UserError("no data set is given; set --dataset_base_path to its folder.")
-    if not config.model_paths and not config.model_id_with_origin_paths:
-        raise UserError("no model is given; set --model_paths or --model_id_with_origin_paths.")
-    if not config.trainable_models and not config.lora_base_model:
-        raise UserError("nothing would be trained; set --lora_base_model dit for a LoRA, or --trainable_models dit.")
-    for needed, dependent in _NEEDS.items():
-        for name in dependent:
-            if config.origins[name] != "default" and not getattr(config, needed):
-                default = TrainConfig.model_fields[name].default
-                if getattr(config, name) != default:
-                    raise UserError(f"--{name} has no effect without --{needed}; set --{needed} or leave --{name} out.")
-    if config.use_gradient_checkpointing_offload and not config.use_gradient_checkpointing:
-        raise UserError("--use_gradient_checkpointing_offload needs --use_gradient_checkpointing.")
-    for name in ("lora_checkpoint", "preset_lora_path"):
-        path = getattr(config, name)
-        if path is not None and not Path(path).is_file():
-            raise UserError(f"--{name}: there is no file {path}.")
-
-
-_NEEDS = {
-    "lora_base_model": ("lora_target_modules", "lora_rank", "lora_alpha", "lora_rslora", "lora_dora", "lora_dtype",
-                        "lora_checkpoint"),
-    "sample_prompts": ("sample_every", "sample_steps", "sample_cfg_scale"),
-    "preset_lora_path": ("preset_lora_model",),
-}
-"""Option -> options that do nothing without it."""
-
-
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """The ``accelerate`` object for this process."""
     import accelerate
-    import torch
 
-    from ..core.device import choose_device
+    from ..core.device import is_cpu, use_from_now_on
 
-    device = choose_device(config.device)
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    if device.type == "cpu":
+    device = capable_device(config)
+    use_from_now_on(device)
+    if is_cpu(device):
         keep_freed_memory()
     return accelerate.Accelerator(
         mixed_precision=config.mixed_precision,
-        cpu=device.type == "cpu",
+        cpu=is_cpu(device),
         kwargs_handlers=[
             accelerate.DistributedDataParallelKwargs(
                 find_unused_parameters=config.find_unused_parameters, gradient_as_bucket_view=True
@@ -163,16 +135,24 @@ def build_dataset(config: TrainConfig, factors: tuple[int, int]) -> UnifiedDatas
 
 
 def check_dataset(config: TrainConfig, dataset: UnifiedDataset) -> None:
-    """Refuse a data set with missing columns, or with files that are missing, damaged or outside its folder."""
+    """Refuse a data set with missing columns, or with rows that cannot be trained on; or leave these rows out."""
+    from ..diffusion.progress import progress_bar
     from ..diffusion.training_module import PipelineTrainingModule
 
     dataset.require_columns(*PipelineTrainingModule.data_columns, *config.extra_inputs)
-    for item in range(dataset.num_rows):
-        if not isinstance(dataset.row(item).get("prompt"), str):
-            raise UserError(f"{dataset.metadata_path or dataset.base_path}, row {item + 1}: the column 'prompt' holds "
-                            f"{dataset.row(item).get('prompt')!r}; write one caption as text.")
+    skips = config.on_bad_item == "skip"
+    if skips and os.environ.get("RANK", "0") != "0":
+        return  # this process will leave out what the main one finds bad
     # what is encoded once is decoded then, before training; what is not has to be decoded now
-    dataset.check("pixels" if config.cache == "off" else "headers")
+    depth: Depth = "pixels" if skips or config.cache == "off" else "headers"
+    with progress_bar(depth == "pixels") as bar:
+        shown = bar.add_task("checking", total=None, loss="")
+        bad_rows = dataset.bad_rows(depth, captions=("prompt",), required=config.extra_inputs,
+                                    progress=lambda done, total: bar.update(shown, completed=done, total=total))
+    if skips:
+        dataset.exclude(bad_rows)
+    else:
+        dataset.refuse(bad_rows)
 
 
 def model_configs(config: Any) -> list[ModelConfig]:
@@ -249,12 +229,12 @@ def load_pipeline_class(family: ModelFamily) -> type[BasePipeline]:
     return getattr(importlib.import_module(module), name)
 
 
-def division_factors(family: ModelFamily, components: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """What height and width must be multiples of: an empty pipeline that knows the networks' configurations says so."""
+def empty_pipeline(family: ModelFamily, components: Sequence[Mapping[str, Any]]) -> BasePipeline:
+    """A pipeline without networks, which knows their configurations: what sizes it takes, and which inputs it reads."""
     pipe = load_pipeline_class(family)()
     pipe.component_configs = {component["name"]: dict(component["config"]) for component in components}
     pipe.components_loaded()
-    return pipe.height_division_factor, pipe.width_division_factor
+    return pipe
 
 
 @collector_paused()
@@ -313,11 +293,11 @@ def relaunch_on_all_gpus(
     Returns:
         Whether it was started again; the caller is then done. A failure ends this process with the same exit code.
     """
-    if "LOCAL_RANK" in os.environ or device not in ("auto", "cuda"):
-        return False
-    import torch
+    from ..core.device import may_use_all_gpus, num_gpus
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if "LOCAL_RANK" in os.environ or not may_use_all_gpus(device):
+        return False
+    count = num_gpus()
     if count < 2:
         return False
     if check is not None:
@@ -326,7 +306,8 @@ def relaunch_on_all_gpus(
                 "--num_processes", str(count), "--dynamo_backend", "no", "--multi_gpu"]
     is_module = command[0] == "-m"
     words = ["--module", *command[1:]] if is_module else list(command)
-    finished = subprocess.run([*launcher, *words], check=False)
-    if finished.returncode:
-        sys.exit(finished.returncode)
+    from ..diffusion.stopping import run_launcher
+
+    if code := run_launcher([*launcher, *words]):
+        sys.exit(code)
     return True

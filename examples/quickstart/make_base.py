@@ -183,7 +183,8 @@ def main() -> None:
     args = parser.parse_args()
     work: Path = args.work_path
     work.mkdir(parents=True, exist_ok=True)
-    seconds = json.loads((work / "seconds.json").read_text()) if (work / "seconds.json").exists() else {}
+    timed = work / "seconds.json"
+    seconds = json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else {}
 
     def part(name: str, result: str, make: Callable[[], None]) -> None:
         if (work / result).exists():
@@ -191,7 +192,7 @@ def main() -> None:
         start = time.monotonic()
         make()
         seconds[name] = seconds.get(name, 0) + round(time.monotonic() - start)
-        (work / "seconds.json").write_text(json.dumps(seconds))
+        (work / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
 
     part("text encoders", "text_encoder_2/model.safetensors", lambda: write_text_encoders(work, args.seed))
     part("autoencoder", "ae.safetensors", lambda: write_autoencoder(work, args.autoencoder_steps, args.seed))

@@ -41,6 +41,12 @@ class TinyFamily:
     """That folder -> what ``--model_paths`` is given."""
     options: Mapping[str, Any]
     """Training options of a LoRA on the denoiser (``lora_base_model``, ``lora_target_modules``, ...)."""
+    recorded_names: str
+    """Which tables of ``tests/data/lora_keys`` hold the names of its layers in LoRA files: ``flux1-dev``, ..."""
+    diffusers_pipeline: Callable[[torch.nn.Module], Any]
+    """Denoiser -> the real diffusers pipeline around it, of which only the LoRA loader is used."""
+    published_width: Callable[[], torch.nn.Module]
+    """One block of each kind on the meta device at the published width, which diffusers' converters may expect."""
     abstains: Mapping[str, str] = field(default_factory=dict)
     """Promise (name of its test module without ``test_``) -> why this family cannot take part in its tests."""
 
@@ -58,9 +64,10 @@ class FamilyAtWork:
 
     def config(self, data: Path, output: Path, **options: Any) -> TrainConfig:
         """Options of a run; its cache lies beside the output folder."""
+        cache = {} if options.get("cache") == "off" else {"cache_path": str(output.parent / f"{output.name}-cache")}
         return TrainConfig(**{
             **DEFAULTS, **self.tiny.options, "model_paths": tuple(self.model_files), "dataset_base_path": str(data),
-            "output_path": str(output), "cache_path": str(output.parent / f"{output.name}-cache"), **options,
+            "output_path": str(output), **cache, **options,
         })
 
     def pipeline(self, deferred: bool = False) -> Any:

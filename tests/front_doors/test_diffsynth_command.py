@@ -175,7 +175,7 @@ def test_bad_input_of_a_real_process_is_exactly_one_line(workplace, trained):
 def test_overview_lists_the_commands(capsys):
     assert run_main(["--help"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")] == [
-        "train", "generate", "inspect", "download"]
+        "train", "generate", "replay", "inspect", "check", "download", "cache", "convert", "lora"]
 
 
 @pytest.mark.parametrize(("entry", "strength"), [("a.safetensors", 1.0), ("a.safetensors:0.5", 0.5), ("b:2", 1.0)])

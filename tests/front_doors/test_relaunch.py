@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -19,11 +20,15 @@ def launched(monkeypatch) -> list[list[str]]:
     """Two GPUs are visible; commands are recorded instead of run."""
     commands: list[list[str]] = []
 
-    def record(command: list[str], check: bool) -> Namespace:
-        commands.append(command)
-        return Namespace(returncode=3 if "fails.py" in command else 0)
+    class Recorded(nullcontext):
+        def __init__(self, command: list[str]) -> None:
+            super().__init__(self)
+            commands.append(command)
 
-    monkeypatch.setattr(subprocess, "run", record)
+        def wait(self) -> int:
+            return 3 if "fails.py" in commands[-1] else 0
+
+    monkeypatch.setattr(subprocess, "Popen", Recorded)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("LOCAL_RANK", raising=False)

@@ -6,24 +6,26 @@ import hashlib
 import json
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
 import torch
 
-from ..errors import UserError, did_you_mean
+from ..errors import UserError
 from ..random import keyed_seed
 from .describe import describe
-from .files import FileHasher, find_problems
-from .image_file import read_image, read_size
+from .file_hashes import FileHashes
+from .files import FileHasher
 from .image_operators import default_image_operator, fixed_size
-from .metadata import ABSENT, read_metadata
-from .operators import Draw, Identity, Operator, PlannedFile, as_operator, bind_base_path, random_parts
+from .metadata import read_metadata
+from .operators import Draw, Identity, Operator, PlannedFile, random_parts
+from .row_checks import Depth, find_bad_rows, planned_size
+from .rows import BadRow, DataRows
 
 _OPERATORS_VERSION = 1  # raised when an operator gives other pixels than before, so that old caches are not used
-_ALIASES = {"file_name": "image", "text": "prompt"}
+_NAMED_ROWS = 20  # of the rows with problems, in one message
 
 
 class UnifiedDataset(torch.utils.data.Dataset):
@@ -39,6 +41,9 @@ class UnifiedDataset(torch.utils.data.Dataset):
         main_data_operator: Applied to those columns.
         special_operator_map: Column -> operator that takes precedence for that column, named above or not.
         seed: Of the random operators.
+
+    A ``prompt`` that is a list holds several captions of one picture: an item shows one of them in each epoch, drawn
+    for (seed, epoch, item). Which one is part of the item's *variant*, so that each has its own entries in a cache.
 
     Columns called ``file_name`` and ``text`` are read as ``image`` and ``prompt``. Samples are numbered 0 to
     ``num_rows * repeat - 1``; error messages count rows from 1, the header not included.
@@ -63,24 +68,19 @@ class UnifiedDataset(torch.utils.data.Dataset):
         self.repeat = repeat
         self.seed = seed
         base, metadata = _as_path(base_path), _as_path(metadata_path)
-        self._table = read_metadata(base, metadata)
-        self.metadata_path = self._table.source
+        table = read_metadata(base, metadata)
+        self.metadata_path = table.source
         if base is None:
-            base = metadata if metadata is not None and metadata.is_dir() else self._table.source.parent
+            base = metadata if metadata is not None and metadata.is_dir() else table.source.parent
         self.base_path = base
-        self._file_prefix = _prefix(self._table.folder, base)
-        special = special_operator_map or {}
-        self._rename_columns({*self.data_file_keys, *special})
-        self._require_file_columns()
-        self._file_columns = {*self.data_file_keys, "image", "video"}
-        chosen = {**dict.fromkeys(self.data_file_keys, main_data_operator), **special}
-        self._operators = {
-            key: bind_base_path(as_operator(function), base)
-            for key, function in chosen.items()
-            if key in self._table.columns
-        }
+        chosen = {**dict.fromkeys(self.data_file_keys, main_data_operator), **(special_operator_map or {})}
+        self.rows = DataRows(table, base, self.data_file_keys, chosen)
+        self._operators = self.rows.operators
+        self.excluded: tuple[BadRow, ...] | None = None
+        """Rows of the metadata that are no part of the data set; None until ``exclude`` has settled which."""
+        self._kept: np.ndarray | None = None
         self._radices = _radices(self._operators.values())
-        self._fixed_bucket = next((fixed_size(self._operators[k]) for k in self._present_keys()), None)
+        self._fixed_bucket = next((fixed_size(self._operators[k]) for k in self.rows.present_keys), None)
         self._forget()
 
     def __len__(self) -> int:
@@ -93,37 +93,66 @@ class UnifiedDataset(torch.utils.data.Dataset):
 
     @property
     def num_rows(self) -> int:
-        return self._table.num_rows
+        """Rows that are trained on: those of the metadata without the excluded ones."""
+        return len(self.rows) if self._kept is None else len(self._kept)
 
     @property
     def num_variants(self) -> int:
-        """How many different samples the random operators can make of one row."""
+        """How many different samples the random operators can make of one row, its caption left aside."""
         return math.prod(self._radices.values())
+
+    def num_captions(self, item: int) -> int:
+        """How many captions the item's row has: 1, or the length of its list."""
+        return self.rows.num_captions(self.row_number(item))
+
+    def variants(self, item: int) -> range:
+        """Every variant that the item may show in some epoch: what a cache has to hold of it.
+
+        Variant ``v`` shows caption ``v // num_variants``, and ``v % num_variants`` of the random operators. Two
+        variants of equal caption, or of equal picture, have that column in common in their ``fingerprint``.
+        """
+        return range(self.num_captions(item) * self.num_variants)
 
     def row(self, item: int) -> dict[str, Any]:
         """The metadata of an item; file names are relative to ``base_path``."""
-        row = self._table.row(self._row_number(item))
-        for key in self._file_columns & row.keys():
-            row[key] = self._prefixed(row[key])
-        return row
+        return self.rows.row(self.row_number(item))
+
+    def row_number(self, item: int) -> int:
+        """The number of an item's row in the metadata, from 0, excluded rows counted too."""
+        index = operator.index(item)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"item {index} of a data set of {len(self)}")
+        number = index % self.num_rows
+        return number if self._kept is None else int(self._kept[number])
 
     def variant(self, item: int, epoch: int) -> int:
-        """Which variant of its row an item shows in this epoch; drawn uniformly, keyed by (seed, epoch, item)."""
-        return keyed_seed(self.seed, epoch, operator.index(item), "augmentation") % self.num_variants
+        """Which of ``variants(item)`` an item shows in this epoch; drawn uniformly, keyed by (seed, epoch, item).
 
-    def load(self, item: int, variant: int = 0) -> dict[str, Any]:
-        """The row with its operators applied; depends on (seed, row, variant) alone.
+        Args:
+            item: May lie beyond the length, in an epoch that goes round the data set again.
+        """
+        item = operator.index(item)
+        drawn = keyed_seed(self.seed, epoch, item, "augmentation") % self.num_variants
+        num_captions = self.num_captions(item % len(self))
+        if num_captions > 1:
+            drawn += keyed_seed(self.seed, epoch, item, "caption") % num_captions * self.num_variants
+        return drawn
 
+    def load(self, item: int, variant: int = 0, columns: Collection[str] | None = None) -> dict[str, Any]:
+        """The row with its operators applied and one caption; depends on (seed, row, variant) alone.
+
+        Args:
+            variant: One of ``variants(item)``.
+            columns: Leave the others out, and their files unopened.
         Raises:
             UserError: a file is missing, damaged, too large or outside the folder; names metadata, row and column.
         """
-        number, row = self._row_number(item), self.row(item)
-        draw = self._draw(number, variant)
-        with self._naming(number, ", ".join(self.data_file_keys)):
-            self._require_file_key(row)
+        number, row, draw = self._draw(item, variant)
+        if columns is not None:
+            row = {key: value for key, value in row.items() if key in columns}
         for key, column_operator in self._operators.items():
             if key in row:
-                with self._naming(number, key):
+                with self.rows.naming(number, key):
                     row[key] = column_operator(row[key], draw)
         return row
 
@@ -133,23 +162,31 @@ class UnifiedDataset(torch.utils.data.Dataset):
         Returns:
             For each column the text itself, or for columns with an operator a hash over the content of their files,
             the operator, and those of its random choices that change the outcome. Moved or renamed files keep theirs.
+            ``prompt`` is the caption of this variant.
         """
-        number, row = self._row_number(item), self.row(item)
-        draw = self._draw(number, variant)
+        number, row, draw = self._draw(item, variant)
         prints: dict[str, str] = {}
         for key, value in row.items():
             column_operator = self._operators.get(key)
             if column_operator is None:
                 prints[key] = _as_text(value)
                 continue
-            with self._naming(number, key):
-                contents = [self._content(leaf) for leaf in self._leaves(key, value)]
-                if key not in self._descriptions:
-                    self._descriptions[key] = describe(column_operator)
-            choices = sorted(draw.describe(part) for part in random_parts(column_operator))
-            parts = [_OPERATORS_VERSION, isinstance(value, list), contents, self._descriptions[key], choices]
+            with self.rows.naming(number, key):
+                contents = [self._content(leaf) for leaf in self.rows.leaves(key, value)]
+                chosen = random_parts(column_operator)
+                # a picture that is not flipped is the one that it is without the operator
+                idle = tuple(part for part in chosen if part.is_idle(draw.digits[part.purpose]))
+                if (key, idle) not in self._descriptions:
+                    self._descriptions[key, idle] = describe(column_operator, idle)
+            choices = sorted(draw.describe(part) for part in chosen if part not in idle)
+            parts = [_OPERATORS_VERSION, isinstance(value, list), contents, self._descriptions[key, idle], choices]
             prints[key] = hashlib.blake2b(json.dumps(parts).encode(), digest_size=20).hexdigest()
         return prints
+
+    @property
+    def file_hashes(self) -> FileHashes:
+        """What is known of the content of the files, which a cache remembers between runs."""
+        return self._hasher.hashes
 
     def bucket(self, item: int) -> tuple[int, int] | None:
         """(height, width) of the first picture that the item's file columns will give.
@@ -158,9 +195,9 @@ class UnifiedDataset(torch.utils.data.Dataset):
         """
         if self._fixed_bucket is not None:
             return self._fixed_bucket
-        number = self._row_number(item)
+        number = self.row_number(item)
         if number not in self._buckets:
-            self._buckets[number] = self._read_bucket(item, number)
+            self._buckets[number] = self._read_bucket(number)
         return self._buckets[number]
 
     def buckets(self) -> list[tuple[int, int] | None]:
@@ -169,147 +206,55 @@ class UnifiedDataset(torch.utils.data.Dataset):
             return [self._fixed_bucket] * len(self)
         return [self.bucket(item) for item in range(self.num_rows)] * self.repeat
 
-    def check(self, depth: Literal["files", "headers", "pixels"] = "files") -> None:
+    def check(self, depth: Depth = "files") -> None:
         """Make sure that every file named by the metadata can be used.
 
         Args:
             depth: ``files``: exists, is not empty, lies inside its folder (listing folders, not opening files);
                 ``headers``: also is a picture of an acceptable size; ``pixels``: also decodes.
         Raises:
-            UserError: names the first row with a problem, and says how many more there are.
+            UserError: names the rows with a problem, at most twenty of them.
         """
-        problems: dict[tuple[int, str], str] = {}
-        files = {key: self._planned_files(key, problems) for key in self._present_keys()}
-        for key, planned in files.items():
-            by_base: dict[Path, list[tuple[int, str]]] = {}
-            for number, file in planned:
-                by_base.setdefault(file.base or Path("/"), []).append((number, file.name))
-            for base, named in by_base.items():
-                for position, problem in find_problems(base, (name for _, name in named)):
-                    problems.setdefault((named[position][0], key), problem)
-        if depth != "files":
-            for key, planned in files.items():
-                self._check_pictures(key, planned, depth, problems)
-        if problems:
-            (number, key), problem = min(problems.items())
-            more = f" ({len(problems) - 1} more rows have problems.)" if len(problems) > 1 else ""
-            raise UserError(f"{self._place(number, key)}: {problem}{more}")
+        self.refuse(self.bad_rows(depth))
 
-    def _check_pictures(
-        self,
-        key: str,
-        planned: list[tuple[int, PlannedFile]],
-        depth: Literal["headers", "pixels"],
-        problems: dict[tuple[int, str], str],
-    ) -> None:
-        seen: dict[PlannedFile, str | None] = {}
-        for number, file in planned:
-            if not file.is_loaded or (number, key) in problems:
-                continue
-            if file not in seen:
-                seen[file] = _picture_problem(file, decode=depth == "pixels")
-            problem = seen[file]
-            if problem is not None:
-                problems[number, key] = problem
+    def bad_rows(
+        self, depth: Depth = "files", captions: Sequence[str] = (), required: Sequence[str] = (),
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[BadRow]:
+        """The rows that cannot be trained on, those that are excluded already left aside; see ``find_bad_rows``."""
+        gone = {bad.row for bad in self.excluded or ()}
+        sizes: dict[int, tuple[int, int]] = {}
+        found = find_bad_rows(self.rows, depth, captions, required, progress, sizes)
+        if self._fixed_bucket is None:
+            self._buckets.update(sizes)
+        return [bad for bad in found if bad.row not in gone]
 
-    def _planned_files(self, key: str, problems: dict[tuple[int, str], str]) -> list[tuple[int, PlannedFile]]:
-        known: dict[str, list[PlannedFile]] = {}
-        found: list[tuple[int, PlannedFile]] = []
-        for number, value in enumerate(self._table.columns[key]):
-            if value is ABSENT:
-                try:
-                    self._require_file_key(self._table.row(number))
-                except UserError as error:
-                    problems[number, key] = str(error)
-                continue
-            files = known.get(value) if isinstance(value, str) else None
-            if files is None:
-                try:
-                    leaves = self._leaves(key, self._prefixed(value) if key in self._file_columns else value)
-                except UserError as error:
-                    problems[number, key] = str(error)
-                    continue
-                files = [leaf for leaf in leaves if isinstance(leaf, PlannedFile)]
-                if isinstance(value, str):
-                    known[value] = files
-            found.extend((number, file) for file in files)
-        return found
+    def refuse(self, bad_rows: Sequence[BadRow]) -> None:
+        """Raise one ``UserError`` that names the rows, if there are any."""
+        if not bad_rows:
+            return
+        first, *others = bad_rows
+        message = f"{self.rows.place(first.row - 1, first.column)}: {first.reason}"
+        if others:
+            named = " ".join(f"[{bad}]" for bad in others[: _NAMED_ROWS - 1])
+            rest = f" and {len(others) - _NAMED_ROWS + 1} that are not listed" if len(others) >= _NAMED_ROWS else ""
+            message += (f" ({len(others)} more rows have problems: {named}{rest}; see them all with diffsynth check "
+                        f"{self.base_path}, or leave them out with --on_bad_item skip.)")
+        raise UserError(message)
 
-    def _require_file_key(self, row: Mapping[str, Any]) -> None:
-        # a row of json metadata may lack some of the columns, but names at least one file
-        if self.data_file_keys and row.keys().isdisjoint(self.data_file_keys):
-            raise UserError(f"the row has none of the columns {', '.join(self.data_file_keys)}; name a file.")
+    def exclude(self, bad_rows: Iterable[BadRow]) -> None:
+        """Leave rows out: items are numbered anew over the rows that stay, in the order of the metadata.
 
-    def _read_bucket(self, item: int, number: int) -> tuple[int, int] | None:
-        row = self.row(item)
-        for key in self._present_keys():
-            if key not in row:
-                continue
-            with self._naming(number, key):
-                for leaf in self._leaves(key, row[key]):
-                    if isinstance(leaf, PlannedFile) and leaf.resizers is not None:
-                        size = _planned_size(leaf)
-                        return self._known_sizes.setdefault(size, size)
-        return None
-
-    def _leaves(self, key: str, value: Any) -> list[Any]:
-        """What the column's operator will read, as far as can be told without opening a file."""
-        leaves = _flatten(self._operators[key].plan(value))
-        if key not in self.data_file_keys:
-            return leaves
-        # an operator that cannot be planned, but the column is known to name files
-        return [PlannedFile(self.base_path, leaf) if isinstance(leaf, str) else leaf for leaf in leaves]
-
-    def _content(self, leaf: Any) -> str:
-        return self._hasher(leaf.path()) if isinstance(leaf, PlannedFile) else _as_text(leaf)
-
-    def _draw(self, number: int, variant: int) -> Draw:
-        if not 0 <= variant < self.num_variants:
-            raise ValueError(f"variant must be in [0, {self.num_variants}), got {variant}.")
-        digits: dict[str, int] = {}
-        for purpose, radix in self._radices.items():
-            variant, digits[purpose] = divmod(variant, radix)
-        return Draw(self.seed, number, digits)
-
-    def _row_number(self, item: int) -> int:
-        index = operator.index(item)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"item {index} of a data set of {len(self)}")
-        return index % self.num_rows
-
-    def _prefixed(self, value: Any) -> Any:
-        if not self._file_prefix:
-            return value
-        if isinstance(value, list):
-            return [self._prefixed(element) for element in value]
-        return self._file_prefix + value if isinstance(value, str) and value else value
-
-    def _present_keys(self) -> list[str]:
-        return [key for key in self.data_file_keys if key in self._operators]
-
-    def _place(self, number: int, key: str) -> str:
-        return f"{self.metadata_path}, row {number + 1}, column {key!r}"
-
-    @contextmanager
-    def _naming(self, number: int, key: str) -> Iterator[None]:
-        try:
-            yield
-        except UserError as error:
-            raise UserError(f"{self._place(number, key)}: {error}") from error
-
-    def _rename_columns(self, asked: set[str]) -> None:
-        main = self.data_file_keys[0] if len(self.data_file_keys) == 1 else "image"
-        for old, new in {**_ALIASES, "file_name": main}.items():
-            columns = self._table.columns
-            if old in columns and new not in columns and old not in asked:
-                self._table.columns = {new if name == old else name: column for name, column in columns.items()}
-
-    def _require_file_columns(self) -> None:
-        missing = [key for key in self.data_file_keys if key not in self._table.columns]
-        interchangeable = {"image", "video"}
-        present = interchangeable & set(self.data_file_keys) - set(missing)
-        if not (present and set(missing) <= interchangeable):
-            self.require_columns(*missing)
+        Raises:
+            UserError: no row would be left.
+        """
+        merged = {bad.row: bad for bad in (*bad_rows, *(self.excluded or ()))}
+        excluded = tuple(merged[row] for row in sorted(merged))
+        if len(excluded) == len(self.rows):
+            raise UserError(f"{self.metadata_path}: none of the {len(excluded)} rows can be trained on; {excluded[0]}")
+        self.excluded = excluded
+        gone = np.array([bad.row - 1 for bad in excluded], np.int64)
+        self._kept = np.delete(np.arange(len(self.rows)), gone) if excluded else None
 
     def require_columns(self, *names: str) -> None:
         """Make sure that the metadata has these columns.
@@ -317,17 +262,40 @@ class UnifiedDataset(torch.utils.data.Dataset):
         Raises:
             UserError: one is missing; says which there are.
         """
-        found = list(self._table.columns)
-        for name in names:
-            if name not in found:
-                raise UserError(
-                    f"{self.metadata_path} has no column {name!r}; it has {', '.join(found)}."
-                    f"{did_you_mean(name, found)}"
-                )
+        self.rows.require_columns(*names)
+
+    def _read_bucket(self, number: int) -> tuple[int, int] | None:
+        row = self.rows.row(number)
+        for key in self.rows.present_keys:
+            if key not in row:
+                continue
+            with self.rows.naming(number, key):
+                for leaf in self.rows.leaves(key, row[key]):
+                    if isinstance(leaf, PlannedFile) and leaf.resizers is not None:
+                        size = planned_size(leaf)
+                        return self._known_sizes.setdefault(size, size)
+        return None
+
+    def _content(self, leaf: Any) -> str:
+        return self._hasher(leaf.path()) if isinstance(leaf, PlannedFile) else _as_text(leaf)
+
+    def _draw(self, item: int, variant: int) -> tuple[int, dict[str, Any], Draw]:
+        """Number and metadata of an item's row, with one caption, and what its random operators shall produce."""
+        if variant not in (known := self.variants(item)):
+            raise ValueError(f"variant must be in [0, {len(known)}), got {variant}.")
+        number = self.row_number(item)
+        row = self.rows.row(number)
+        self.rows.require_usable(number, row)
+        caption, variant = divmod(variant, self.num_variants)
+        self.rows.choose_caption(row, number, caption)
+        digits: dict[str, int] = {}
+        for purpose, radix in self._radices.items():
+            variant, digits[purpose] = divmod(variant, radix)
+        return number, row, Draw(self.seed, number, digits)
 
     def _forget(self) -> None:
         self._hasher = FileHasher()
-        self._descriptions: dict[str, str] = {}
+        self._descriptions: dict[tuple[str, tuple[Operator, ...]], str] = {}
         self._buckets: dict[int, tuple[int, int] | None] = {}
         self._known_sizes: dict[tuple[int, int], tuple[int, int]] = {}
 
@@ -345,13 +313,6 @@ def _as_path(path: str | Path | None) -> Path | None:
     return None if path is None or str(path) == "" else Path(path)
 
 
-def _prefix(folder: Path | None, base: Path) -> str:
-    """What turns file names relative to ``folder`` into names relative to ``base``."""
-    if folder is None or not folder.is_relative_to(base) or folder == base:
-        return ""
-    return folder.relative_to(base).as_posix() + "/"
-
-
 def _radices(operators: Iterable[Operator]) -> dict[str, int]:
     found: dict[str, int] = {}
     for column_operator in operators:
@@ -360,29 +321,5 @@ def _radices(operators: Iterable[Operator]) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def _flatten(value: Any) -> list[Any]:
-    if type(value) in (list, tuple):  # a PlannedFile is a leaf
-        return [leaf for element in value for leaf in _flatten(element)]
-    return [value]
-
-
 def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=repr)
-
-
-def _planned_size(file: PlannedFile) -> tuple[int, int]:
-    height, width = read_size(file.path())
-    for resizer in file.resizers or ():
-        height, width = resizer.output_size(height, width)
-    return height, width
-
-
-def _picture_problem(file: PlannedFile, decode: bool) -> str | None:
-    try:
-        if file.resizers is not None:
-            _planned_size(file)
-        if decode:
-            read_image(file.path())
-    except UserError as error:
-        return str(error)
-    return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from collections.abc import Collection
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import CodeType
@@ -13,15 +14,20 @@ from ..errors import UserError
 from .operators import Call, Operator
 
 
-def describe(part: Any) -> str:
-    """A text that is equal for operators that do the same, in this process or another; part of cache keys."""
+def describe(part: Any, leave_out: Collection[Operator] = ()) -> str:
+    """A text that is equal for operators that do the same, in this process or another; part of cache keys.
+
+    Args:
+        leave_out: Steps of chains that do nothing.
+    """
     if isinstance(part, Call):
         return f"Call({describe(part.function)})"
     if isinstance(part, Operator) and is_dataclass(part):
-        values = ", ".join(f"{f.name}={describe(getattr(part, f.name))}" for f in fields(part) if f.repr)
+        values = ", ".join(f"{f.name}={describe(getattr(part, f.name), leave_out)}" for f in fields(part) if f.repr)
         return f"{type(part).__qualname__}({values})"
     if isinstance(part, tuple | list):
-        return f"[{', '.join(map(describe, part))}]"
+        kept = [element for element in part if not (isinstance(element, Operator) and element in leave_out)]
+        return f"[{', '.join(describe(element, leave_out) for element in kept)}]"
     if isinstance(part, type):
         return f"{part.__module__}.{part.__qualname__}"
     if part is None or isinstance(part, str | int | float | bool | Path):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
 from ..errors import UserError
+from .file_hashes import FileHashes, hash_file
 
-_HASH_BYTES_AT_ONCE = 1 << 20
+MAX_NAME_LENGTH = 4096
+_OF_WINDOWS = re.compile(r"[A-Za-z]:[\\/]")
+_OF_ANOTHER_MACHINE = re.compile(r"[\\/]{2}")
 
 
 def path_inside(base: Path, name: str) -> Path:
@@ -19,14 +22,28 @@ def path_inside(base: Path, name: str) -> Path:
     Raises:
         UserError: the name is empty or cannot be a path, or it leads out of the folder.
     """
-    if not name or "\0" in name:
-        raise UserError("names no file; write a path relative to the data set folder." if not name
-                        else f"{name!r} holds a NUL byte and cannot be a file name.")  # fmt: skip
+    if problem := _name_problem(name):
+        raise UserError(problem)
     root = _real_folder(base)
     real = os.path.realpath(os.path.join(root, name))  # noqa: PTH118
     if not _is_below(real, root):
         raise UserError(f"{name!r} leads to {real}, outside the data set folder {base}; only files in it are read.")
     return Path(real)
+
+
+def _name_problem(name: str) -> str | None:
+    """Why a name cannot be that of a file here, told without asking the file system: on Windows, looking for a file of
+    another machine sends it the user's name and password."""
+    if not name:
+        return "names no file; write a path relative to the data set folder."
+    if "\0" in name:
+        return f"{name[:80]!r} holds a NUL byte and cannot be a file name."
+    if len(name) > MAX_NAME_LENGTH:
+        return f"{name[:40]!r}... has {len(name)} characters and cannot be a file name."
+    if (_OF_WINDOWS.match(name) and os.name != "nt") or _OF_ANOTHER_MACHINE.match(name):
+        return (f"{name!r} is a path of Windows or of another machine, outside the data set folder; write one relative "
+                "to the folder, with '/'.")
+    return None
 
 
 @lru_cache(maxsize=64)
@@ -63,10 +80,12 @@ class _Folder:
 
 
 def _problem(base: Path, root: str, name: str, folders: dict[str, _Folder | None]) -> str | None:
+    if problem := _name_problem(name):
+        return problem
     head, tail = os.path.split(name)
     if head not in folders:
         real_head = os.path.realpath(os.path.join(root, head))  # noqa: PTH118
-        readable = "\0" not in head and _is_below(real_head, root) and os.path.isdir(real_head)  # noqa: PTH112
+        readable = _is_below(real_head, root) and os.path.isdir(real_head)  # noqa: PTH112
         folders[head] = _Folder(real_head) if readable and os.access(real_head, os.R_OK) else None
     folder = folders[head]
     entry = folder.files.get(tail) if folder is not None else None
@@ -99,22 +118,15 @@ def require_file(path: Path) -> os.stat_result:
 
 
 class FileHasher:
-    """Content hashes of files, computed once for each (path, size, modification time)."""
+    """Content hashes of files, computed once for each state of a file; see ``FileHashes``."""
 
     def __init__(self) -> None:
-        self._known: dict[Path, tuple[int, int, str]] = {}
+        self.hashes = FileHashes()
 
     def __call__(self, path: Path) -> str:
         status = require_file(path)
-        known = self._known.get(path)
-        if known is not None and known[:2] == (status.st_size, status.st_mtime_ns):
-            return known[2]
-        digest = hashlib.blake2b(digest_size=20)
-        try:
-            with path.open("rb") as file:
-                while chunk := file.read(_HASH_BYTES_AT_ONCE):
-                    digest.update(chunk)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-        self._known[path] = (status.st_size, status.st_mtime_ns, digest.hexdigest())
-        return digest.hexdigest()
+        digest = self.hashes.get(path, status)
+        if digest is None:
+            digest = hash_file(path, status.st_size)
+            self.hashes.set(path, status, digest)
+        return digest

@@ -12,6 +12,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,11 @@ from .files import require_file
 MAX_PIXELS = 178_956_970
 """Pictures above this are refused from their header, before decoding: 512 MiB at three bytes a pixel, and the size at
 which Pillow, too, calls a picture a decompression bomb."""
+
+_DENSE_PIXELS = 2**26
+_PIXELS_PER_BYTE = 64
+"""Above the first number, a file with more pixels than this for each of its bytes was made to fill the memory: a
+photograph has one or two."""
 
 # No EPS or other format whose reader starts a program.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM", "TGA")
@@ -67,6 +73,42 @@ def read_image(path: Path) -> Image.Image:
     return _to_srgb(image if turn is None else image.transpose(turn), path)
 
 
+@dataclass(frozen=True)
+class PictureHeader:
+    """How a picture is stored; ``read_image`` makes the same of all of them."""
+
+    format: str
+    mode: str
+    """As Pillow calls it: RGB, RGBA, CMYK, L, P, ..."""
+    orientation: int
+    """EXIF, 1 to 8; 1 is upright."""
+    is_animated: bool
+    """Whether it holds several frames or pages, of which only the first is used."""
+    is_transparent: bool
+    """Whether any pixel is."""
+
+
+def read_header(path: Path) -> PictureHeader:
+    """How a picture is stored, decoded only as far as that needs."""
+    with _open(path) as image:
+        transparent = image.has_transparency_data
+        if transparent:
+            low, _ = image.convert("RGBA").getchannel("A").getextrema()
+            transparent = isinstance(low, int) and low < 255
+        header = str(image.format), image.mode, _orientation(image, path)
+        return PictureHeader(*header, _is_animated(image), transparent)
+
+
+def _is_animated(image: Image.Image) -> bool:
+    if image.format == "MPO":  # a stereo picture, or one with a preview
+        return False
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except _DECODE_ERRORS as error:
+        _logger.warning("%s: what follows its first frame is damaged (%s).", getattr(image, "filename", ""), error)
+        return True
+
+
 def read_size(path: Path) -> tuple[int, int]:
     """(height, width) of the upright picture, from the file's header alone."""
     with _open(path) as image:
@@ -79,7 +121,10 @@ def read_size(path: Path) -> tuple[int, int]:
 def _orientation(image: Image.Image, path: Path) -> int:
     """The EXIF orientation, 1 to 8."""
     try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
+        is_header_alone = image.format == "PNG" and not _has_late_text(path)
+        # Pillow's own method for PNG decodes the picture first, for what may come after the pixels
+        exif = Image.Image.getexif(image) if is_header_alone else image.getexif()
+        value = exif.get(_ORIENTATION_TAG, 1)
     except _DECODE_ERRORS as error:
         # every viewer shows such a picture as it is stored
         _logger.warning("%s: its EXIF data is damaged (%s) and not used.", path, error)
@@ -87,9 +132,28 @@ def _orientation(image: Image.Image, path: Path) -> int:
     return value if isinstance(value, int) else 1
 
 
+def _has_late_text(path: Path) -> bool:
+    """Whether a PNG file has anything but pixels after the first of them; its chunks are counted off, not read."""
+    seen_pixels = False
+    with path.open("rb") as file:
+        file.seek(8)
+        for _ in range(_MAX_CHUNKS):
+            start = file.read(8)
+            if len(start) < 8 or start[4:] == b"IEND":
+                return False
+            seen_pixels = seen_pixels or start[4:] == b"IDAT"
+            if seen_pixels and start[4:] in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            file.seek(int.from_bytes(start[:4], "big") + 4, 1)
+    return True
+
+
+_MAX_CHUNKS = 100_000
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[Image.Image]:
-    require_file(path)
+    num_bytes = require_file(path).st_size
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]
     try:
@@ -97,6 +161,9 @@ def _open(path: Path) -> Iterator[Image.Image]:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Image.DecompressionBombError
+            if width * height > max(_DENSE_PIXELS, _PIXELS_PER_BYTE * num_bytes):
+                raise UserError(f"{path} unpacks {num_bytes:,} bytes to {width * height:,} pixels and was not decoded; "
+                                "scale the picture down.")
             yield image
     except UserError:
         raise
@@ -140,10 +207,13 @@ def _to_eight_bits(image: Image.Image, path: Path) -> Image.Image:
         raise UserError(f"{path} has Lab colours, which are not read; save it as RGB.")
     if not image.mode.startswith("I"):
         return image
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)
     if values.min() < 0 or values.max() > 0xFFFF:
         raise UserError(f"{path} has 32-bit pixels, whose range is unknown; save it with 8 or 16 bits.")
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    levels = np.empty(values.shape, np.uint8)
+    for row in range(len(values)):  # one at a time: a large picture in wide integers would be eight times its size
+        levels[row] = (values[row].astype(np.int32) + 128) // 257
+    return Image.fromarray(levels)
 
 
 def _apply_profile(image: Image.Image, profile: bytes, path: Path) -> Image.Image:

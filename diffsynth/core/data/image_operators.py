@@ -156,6 +156,9 @@ class RandomFlip(RandomOperator):
     uses_generator: ClassVar[bool] = False
     keeps_size: ClassVar[bool] = True
 
+    def is_idle(self, variant: int) -> bool:
+        return variant == 0
+
     def apply_random(self, value: Any, variant: int, generator: torch.Generator | None) -> Image.Image:
         return value.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if variant else value
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+import stat
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,9 +20,15 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
+from .files import path_inside
 
 METADATA_SUFFIXES = (".csv", ".jsonl", ".json")
 PICTURE_SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"})
+MAX_TEXT = 131_072
+"""Characters of one cell, as the csv module has it; text encoders read some hundred words."""
+MAX_COLUMNS = 1000
+MAX_DEPTH = 8
+"""Lists and objects inside each other."""
 _ROWS_AT_ONCE = 256  # fewer lists than the garbage collector's threshold: 2048 takes twice the time
 
 
@@ -92,6 +101,8 @@ class Table:
     num_rows: int = 0
     folder: Path | None = None
     """The folder that file names are relative to when the reader found the metadata by itself."""
+    problems: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """Row, from 0 -> the column that cannot be used, and why; the row lacks that column."""
 
     def row(self, index: int) -> dict[str, Any]:
         values = ((name, column[index]) for name, column in self.columns.items())
@@ -130,6 +141,7 @@ def _find_in_folder(folder: Path) -> Table:
         for suffix in METADATA_SUFFIXES:
             file = place / f"metadata{suffix}"
             if file.is_file():
+                path_inside(folder, str(file.relative_to(folder)))  # not a link to something else of the user's
                 table = _read_file(file)
                 table.folder = place
                 return table
@@ -149,8 +161,10 @@ def _read_file(path: Path) -> Table:
         return reader(path)
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:  # a NUL byte in its name is a ValueError
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
 
 
 def _read_csv(path: Path) -> Table:
@@ -182,6 +196,8 @@ def _read_csv(path: Path) -> Table:
 
 def _column_names(path: Path, header: Sequence[str]) -> list[str]:
     names = [name.strip() for name in header]
+    if len(names) > MAX_COLUMNS:
+        raise UserError(f"{path}: has {len(names)} columns, and no data set needs more than {MAX_COLUMNS}.")
     for position, name in enumerate(names):
         # an unnamed first column is the index that pandas writes; it is left out of the table
         if not name and position:
@@ -219,9 +235,17 @@ def _read_json(path: Path) -> Table:
 
 def _parse_json(path: Path, text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}{where}: not valid JSON ({error}).") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        name = next(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"{name[:60]!r} stands in one object twice")
+    return found
 
 
 def _from_objects(path: Path, objects: Iterable[Any]) -> Table:
@@ -231,13 +255,37 @@ def _from_objects(path: Path, objects: Iterable[Any]) -> Table:
         if not isinstance(row, dict):
             raise UserError(f"{path}, row {num_rows + 1}: is {_json_kind(row)}; every row must be an object.")
         for name, value in row.items():
+            if problem := _cell_problem(name) or _cell_problem(value):
+                raise UserError(f"{path}, row {num_rows + 1}, {name[:60]!r}: {problem}")
             column = columns.setdefault(name, [])
             column.extend([ABSENT] * (num_rows - len(column)))
             column.append(value)
         num_rows += 1
+        if len(columns) > MAX_COLUMNS:
+            raise UserError(f"{path}, row {num_rows}: the rows have more than {MAX_COLUMNS} different names; every row "
+                            "should have the same few.")
     for column in columns.values():
         column.extend([ABSENT] * (num_rows - len(column)))
     return Table(path, {name: _compact(column) for name, column in columns.items()}, num_rows)
+
+
+def _cell_problem(value: Any, depth: int = 0) -> str | None:
+    """Why a value of JSON cannot be used: text that is no text, or lists in lists without end."""
+    if type(value) is str:
+        if len(value) > MAX_TEXT:
+            return f"a text of {len(value)} characters, and at most {MAX_TEXT} are read."
+        if not value.isascii() and _LONE_SURROGATE.search(value):
+            return "holds half a character (a lone surrogate), which is no text; write it anew."
+        return "holds a NUL byte; the file is damaged." if "\0" in value else None
+    if not isinstance(value, list | dict):
+        return None
+    if depth == MAX_DEPTH:
+        return f"has more than {MAX_DEPTH} lists or objects inside each other."
+    parts = value if isinstance(value, list) else (part for item in value.items() for part in item)
+    return next((problem for part in parts if (problem := _cell_problem(part, depth + 1))), None)
+
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def _compact(values: list[Any]) -> Sequence[Any]:
@@ -261,13 +309,32 @@ def _read_captioned_folder(folder: Path) -> Table:
         raise UserError(
             f"{folder} holds neither metadata (metadata.csv, .jsonl or .json, there or in train/) nor pictures."
         )
-    captions = []
-    for name in names:
-        caption = (folder / name).with_suffix(".txt")
-        if not caption.is_file():
-            raise UserError(f"{folder / name} has no caption: write {caption.name} beside it, or add a metadata.csv.")
+    captions: list[Any] = []
+    problems: dict[int, tuple[str, str]] = {}
+    for number, name in enumerate(names):
         try:
-            captions.append(caption.read_text(encoding="utf-8-sig").strip())
-        except UnicodeDecodeError as error:
-            raise UserError(f"{caption} is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
-    return Table(folder, {"image": _compact(names), "prompt": _compact(captions)}, len(names), folder)
+            captions.append(_read_caption(folder, name))
+        except UserError as error:
+            captions.append(ABSENT)
+            problems[number] = ("prompt", str(error))
+    return Table(folder, {"image": _compact(names), "prompt": _compact(captions)}, len(names), folder, problems)
+
+
+def _read_caption(folder: Path, name: str) -> str:
+    caption = (folder / name).with_suffix(".txt")
+    try:
+        # a link may not make the content of another of the user's files a caption
+        status = path_inside(folder, str(caption.relative_to(folder))).stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > 4 * MAX_TEXT:
+            raise UserError(f"{caption} is no caption of at most {MAX_TEXT} characters; shorten or replace it.")
+        text = caption.read_text(encoding="utf-8-sig").strip()
+        if problem := _cell_problem(text):
+            raise UserError(f"{caption}: {problem}")
+        return text
+    except FileNotFoundError as error:
+        raise UserError(f"{folder / name} has no caption: write {caption.name} beside it, or add a metadata.csv."
+                        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{caption} is not UTF-8 text ({error.reason}); save it as UTF-8.") from error
+    except OSError as error:
+        raise UserError(f"{caption} cannot be read: {error.strerror}.") from error

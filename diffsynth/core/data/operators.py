@@ -110,6 +110,10 @@ class RandomOperator(Operator):
         """Produce one variant, drawing only from ``generator``."""
         raise NotImplementedError
 
+    def is_idle(self, variant: int) -> bool:
+        """Whether this variant leaves every value as it is, as if the operator were not there."""
+        return False
+
     def variants(self) -> dict[str, int]:
         return {self.purpose: self.num_variants}
 
@@ -194,8 +198,8 @@ class ToInt(_Light):
     def apply(self, value: Any) -> int:
         try:
             return int(value)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{value!r} is not a whole number.") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{str(value)[:80]!r} is not a whole number.") from error
 
 
 @dataclass(frozen=True)

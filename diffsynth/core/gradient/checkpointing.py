@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from ..device import num_gpus
+
 
 def set_gradient_checkpointing(network: torch.nn.Module, enabled: bool, offload: bool = False) -> None:
     """Switch a diffusers network to recompute its blocks in the backward pass, or back.
@@ -33,5 +35,5 @@ def checkpoint_kept(block: Callable[..., Any], *args: Any) -> Any:
 
 
 def checkpoint_offloaded(block: Callable[..., Any], *args: Any) -> Any:
-    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+    with torch.autograd.graph.save_on_cpu(pin_memory=num_gpus() > 0):
         return checkpoint(block, *args, use_reentrant=False)

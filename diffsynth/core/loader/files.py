@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from typing import Any
 
 from ..errors import UserError, did_you_mean
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+MAX_JSON_BYTES = 2**24
+"""An index of shards, or a configuration: a few megabytes for the largest models there are."""
 STANDARD_NAMES = ("diffusion_pytorch_model", "model", "pytorch_model")
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.[^.]+)")
 
@@ -57,13 +60,31 @@ def _groups(path: Path) -> list[list[Path]]:
     return [[path]]
 
 
-def _index_files(index: Path) -> list[Path]:
+def read_json(path: Path) -> Any:
+    """The content of a small JSON file.
+
+    Raises:
+        UserError: it cannot be read, or is larger than any index or configuration.
+    """
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path} has more than {MAX_JSON_BYTES} bytes, which no index or configuration needs; "
+                            "it was refused.")
+        return json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON that can be read ({error}); download it again.") from error
+
+
+def _index_files(index: Path) -> list[Path]:
+    content = read_json(index)
+    try:
+        names = sorted(set(content["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is no index of weight shards ({error!r}); download it again.") from error
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or Path(name).name != name or PureWindowsPath(name).name != name or "\0" in name:
             raise UserError(f"{index} names the shard {name!r} outside its own folder; it was refused.")
     files = [index.parent / name for name in names]
     _require(files, f"listed in {index}")

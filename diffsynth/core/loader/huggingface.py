@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from urllib.parse import urlparse
 
 from ..errors import UserError
@@ -34,7 +34,7 @@ def fetch_huggingface(model_id: str, globs: Sequence[str], folder: Path) -> None
     for sibling in info.siblings or []:
         name = sibling.rfilename
         if any(fnmatch(name, glob) for glob in globs):
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            if PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or ".." in PureWindowsPath(name).parts:
                 raise UserError(f"{model_id} names a file outside its folder ({name!r}); it was refused.")
             _fetch_file(model_id, name, info.sha, folder)
 

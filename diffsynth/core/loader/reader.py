@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import pickle
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -13,10 +11,11 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
+from ..device import is_cpu
 from ..errors import UserError
 from .header import Entry, read_header
+from .pickles import read_checkpoint
 
-WRAPPERS = ("state_dict", "model_state", "module", "ema", "model", "params_ema", "params")
 SAMPLE_BYTES = 4096
 NUM_SAMPLES = 512
 WHOLE_BYTES = 64 * 2**20
@@ -148,7 +147,7 @@ class _SafetensorsFile:
     def read_flat(self, key: str, first: int, target: torch.Tensor) -> None:
         entry: Entry = self._entries[key]
         start = entry.start + first * entry.dtype.itemsize
-        if target.dtype == entry.dtype and target.device.type == "cpu":
+        if target.dtype == entry.dtype and is_cpu(target.device):
             self._read(key, start, target)
             return
         if self._scratch is None:  # kept: freeing and asking again would fragment the heap between the weights
@@ -189,7 +188,7 @@ class _PickleFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata: dict[str, str] = {}
-        self._state = _unwrap(path, _load_pickle(path))
+        self._state = read_checkpoint(path)
         self.tensors = {key: TensorInfo(tuple(value.shape), value.dtype) for key, value in self._state.items()}
 
     def get(self, key: str) -> torch.Tensor:
@@ -203,40 +202,6 @@ class _PickleFile:
 
     def fingerprint(self) -> str:
         return _sampled_hash(self.path, b"")
-
-
-def _load_pickle(path: Path) -> Any:
-    try:
-        if path.suffix == ".safetensors":  # torch goes by the name of a path; a file object it reads as what it is
-            with path.open("rb") as file:
-                return torch.load(file, map_location="cpu", weights_only=True)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        damaged = " or is damaged" if "Unsupported operand" in str(error) else ""
-        raise UserError(f"{path} is a pickle that holds more than tensors and could run code when opened{damaged}, so "
-                        "it was refused; use a safetensors file of this model.") from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, IndexError, TypeError) as error:
-        raise UserError(f"{path} is no readable PyTorch checkpoint, perhaps truncated ({_first_line(error)}); "
-                        "download it again.") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0][:160]
-
-
-def _unwrap(path: Path, content: Any) -> dict[str, torch.Tensor]:
-    """The state dict inside a checkpoint: its tensors, or those of the wrapper that holds them."""
-    for _ in range(3):
-        if not isinstance(content, Mapping):
-            break
-        tensors = {key: value for key, value in content.items() if isinstance(value, torch.Tensor)}
-        wrapper = next((key for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if wrapper is None:
-            if tensors and all(isinstance(key, str) for key in tensors):
-                return tensors
-            break
-        content = content[wrapper]
-    raise UserError(f"{path} is a PyTorch file without a dictionary of tensors; expected a state dict.")
 
 
 def _sampled_hash(path: Path, header: bytes) -> str:

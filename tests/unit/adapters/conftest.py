@@ -1,15 +1,14 @@
 from __future__ import annotations
 
-import importlib.util
-import sys
 from types import ModuleType
 
 import pytest
 import torch
-from lora_networks import TABLES, make_transformer
+from lora_networks import make_transformer
 
 from diffsynth.models.registry import get_family
 from diffsynth.models.spec import ModelFamily
+from tests.recorded_names import tool
 
 
 @pytest.fixture(scope="session")
@@ -43,21 +42,11 @@ def t5() -> torch.nn.Module:
     ))
 
 
-def _tool(name: str) -> ModuleType:
-    if str(TABLES) not in sys.path:
-        sys.path.insert(0, str(TABLES))
-    spec = importlib.util.spec_from_file_location(name, TABLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def check_lora() -> ModuleType:
-    return _tool("check_lora")
+    return tool("check_lora")
 
 
 @pytest.fixture(scope="session")
 def delta_tool(check_lora) -> ModuleType:
-    return _tool("delta")
+    return tool("delta")

@@ -102,23 +102,3 @@ def test_text_encoder_is_loaded_completely(tmp_path, flux, clip, caplog, fmt):
     load(pipe, tmp_path / "lora.safetensors", caplog)
     assert_same_changes(pipe.text_encoder, states["text_encoder"])
     assert_nothing_unmatched(caplog)
-
-
-@pytest.mark.parametrize("fmt", ["kohya", "comfyui"])
-def test_full_width_file_is_loaded_completely(tmp_path, flux, caplog, fmt):
-    """At FLUX.1's own width, which diffusers' converter of kohya files takes for granted."""
-    width = dict(num_layers=1, num_single_layers=1, attention_head_dim=128, num_attention_heads=24, in_channels=64,
-                 joint_attention_dim=4096, pooled_projection_dim=768, axes_dims_rope=(16, 56, 56))
-    with torch.device("meta"):
-        transformer = make_transformer(**width)
-    for layer in transformer.modules():
-        for name, parameter in list(layer.named_parameters(recurse=False)):
-            # the full shape over a single number: peft puts the adapter on the device of the weight
-            setattr(layer, name, torch.nn.Parameter(torch.zeros(1).expand(parameter.shape), requires_grad=False))
-    blocks = {name: shape for name, shape in linear_shapes(transformer).items() if "blocks" in name}
-    state = random_state(blocks, 4, alpha=10.0)
-    save_lora(tmp_path / "lora.safetensors", {"dit": state}, flux, fmt)
-    pipe = pipeline(transformer)
-    load(pipe, tmp_path / "lora.safetensors", caplog)
-    assert_same_changes(pipe.transformer, state)
-    assert_nothing_unmatched(caplog)

@@ -221,21 +221,6 @@ def test_unknown_format_is_refused_with_a_suggestion(tmp_path, flux):
         save_lora(tmp_path / "lora", {"dit": trained_state("to_q")}, flux, "koya")
 
 
-def test_file_that_reads_back_differently_is_removed(tmp_path, flux, monkeypatch):
-    from diffsynth.adapters import files
-
-    def damage(path, tensors, metadata):
-        key = next(key for key in tensors if "lora_B" in key)
-        tensors = dict(tensors)
-        tensors[key] = tensors[key] + 1e-3
-        save_file(tensors, path, metadata)
-
-    monkeypatch.setattr(files, "save_safetensors", damage)
-    with pytest.raises(RuntimeError, match="reads back differently"):
-        save_lora(tmp_path / "lora.safetensors", {"dit": trained_state("to_q")}, flux, "diffusers")
-    assert list(tmp_path.iterdir()) == []
-
-
 def lora_of(*modules: str) -> dict[str, torch.Tensor]:
     return {f"{module}.{name}.weight": torch.ones(2, 2) for module in modules for name in ("lora_down", "lora_up")}
 

@@ -141,11 +141,21 @@ def test_replace_checks_values_and_keeps_origins():
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("lora_rnak: 8\n", r"run.yaml: unknown key 'lora_rnak'\. Did you mean 'lora_rank'\?"),
-    ("lora_rank: many\n", r"run.yaml: lora_rank: 'many' is not a whole number"),
+    ("seed: 1\nlora_rnak: 8\n", r"run.yaml, line 2: unknown key 'lora_rnak'\. Did you mean 'lora_rank'\?"),
+    ("lora_rank: many\n", r"run.yaml, line 1: lora_rank: 'many' is not a whole number"),
     ("- lora_rank\n", "expected one 'name: value' per line"),
     ("lora_rank: [1\n", "line 2: not plain YAML"),
-    ("seed: !!python/object/apply:os.system ['touch {marker}']\n", "not plain YAML"),
+    ("seed: !!python/object/apply:os.system ['touch {marker}']\n", "line 1: not plain YAML"),
+    ("seed: !!int 3\n", "line 1: not plain YAML .the tag"),
+    ("seed: &seed 3\nlora_rank: *seed\n", "line 1: not plain YAML .anchors"),
+    ("seed: 3\nlora_rank: *seed\n", "line 2: not plain YAML .anchors"),
+    ("seed: 3\nlora_rank: 4\nseed: 5\n", "line 3: 'seed' stands there twice"),
+    ("optimizer_args: {eps: 1, eps: 2}\n", "line 1: 'eps' stands there twice"),
+    ("seed: 3\n---\nseed: 4\n", "another document"),
+    ("optimizer_args: " + "[" * 5000, "lists inside each other"),
+    ("seed: " + "9" * 5000, "a number of 5000 digits"),
+    ("learning_rate: .nan\n", "line 1: learning_rate: '.nan' is not a number"),
+    ("lora_rank: true\n", "line 1: lora_rank: 'true' is not a whole number"),
 ])
 def test_bad_yaml_is_named_with_file_and_key_and_runs_nothing(tmp_path, text, message):
     file, marker = tmp_path / "run.yaml", tmp_path / "marker"
@@ -154,6 +164,31 @@ def test_bad_yaml_is_named_with_file_and_key_and_runs_nothing(tmp_path, text, me
         TrainConfig.from_sources(file)
     assert "\n" not in str(error.value)
     assert not marker.exists()
+
+
+def test_plain_values_are_those_of_yaml_1_2(tmp_path):
+    """``no`` and ``1:30`` are texts, ``1e-6`` is a number, also inside a mapping that no schema checks."""
+    file = tmp_path / "run.yaml"
+    file.write_text("\ufeffmixed_precision: no\noptimizer_args: {eps: 1e-6, foreach: yes}\n"
+                    "sample_prompts: [1:30, '07']\n",
+                    encoding="utf-8")
+    config = TrainConfig.from_sources(file)
+    assert (config.mixed_precision, config.sample_prompts) == ("no", ("1:30", "07"))
+    assert config.optimizer_args == {"eps": 1e-6, "foreach": "yes"}
+
+
+def test_name_of_a_file_cannot_put_lines_into_the_saved_configuration(tmp_path):
+    file = tmp_path / "a\nseed: 7\n.yaml"
+    file.write_text("lora_rank: 4\n", encoding="utf-8")
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(TrainConfig.from_sources(file).resolved_yaml(), encoding="utf-8")
+    assert TrainConfig.from_sources(saved).seed == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), True])
+def test_learning_rate_is_a_finite_number(value):
+    with pytest.raises(UserError, match="is not a number"):
+        TrainConfig(learning_rate=value)
 
 
 def test_missing_yaml_is_named():

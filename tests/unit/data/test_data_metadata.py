@@ -189,10 +189,23 @@ def test_plain_folder_pairs_pictures_with_captions(tmp_path: Path, quadrants: Im
     assert dataset[2]["image"].size == (48, 32)
 
 
-def test_picture_without_caption_is_named(tmp_path: Path, quadrants: Image.Image) -> None:
+@pytest.mark.parametrize(("caption", "reason"), [
+    (None, r"a\.png has no caption: write a\.txt beside it"),
+    ("小狗".encode("gbk"), r"a\.txt is not UTF-8 text"),
+])
+def test_picture_without_caption_is_named(
+    tmp_path: Path, quadrants: Image.Image, caption: bytes | None, reason: str
+) -> None:
     quadrants.save(tmp_path / "a.png")
-    with pytest.raises(UserError, match=r"a\.png has no caption: write a\.txt beside it"):
-        UnifiedDataset(tmp_path)
+    quadrants.save(tmp_path / "b.png")
+    (tmp_path / "b.txt").write_text("a caption", encoding="utf-8")
+    if caption is not None:
+        (tmp_path / "a.txt").write_bytes(caption)
+    dataset = UnifiedDataset(tmp_path)
+    for attempt in (dataset.check, lambda: dataset[0], lambda: dataset.fingerprint(0)):
+        with pytest.raises(UserError, match=rf"row 1, column 'prompt': .*{reason}"):
+            attempt()
+    assert dataset[1] == {"image": "b.png", "prompt": "a caption"}
 
 
 def test_large_csv_opens_quickly_and_stays_small(tmp_path: Path) -> None:
