@@ -1,7 +1,8 @@
 """Feeds a reader random input, a million times by default; only a ``UserError`` may come out, and within a second.
 
     python benchmarks/fuzz.py --target header --count 1000000
-    python benchmarks/fuzz.py --target metadata --guided --keep tests/data/fuzz/metadata
+    python benchmarks/fuzz.py --target metadata --guided --keep /tmp/found
+    python benchmarks/fuzz.py --target metadata --add /tmp/found
 
 ``--guided`` needs ``atheris`` (``pip install 'diffsynth[fuzz]'``): inputs that reach new code are kept and changed
 further. Without it, the inputs of ``tests/data/fuzz`` are changed at random. What fails is written to
@@ -123,15 +124,17 @@ def guided(args: argparse.Namespace, results: Path) -> None:
 
     with atheris.instrument_imports(include=["diffsynth", "yaml"]):
         fuzzer = Fuzzer(args.target, args.count, results)
-    from tests.fuzz_targets import CORPUS, MAX_INPUT
+    from tests.fuzz_targets import MAX_INPUT, corpus
 
     results.mkdir(parents=True, exist_ok=True)
     found = Path(args.keep or tempfile.mkdtemp(prefix="diffsynth-corpus-"))
     found.mkdir(parents=True, exist_ok=True)
+    for data in corpus(args.target):
+        (found / hashlib.sha1(data).hexdigest()[:12]).write_bytes(data)
     atheris.Setup([sys.argv[0], f"-max_len={min(MAX_INPUT, 4096)}", f"-seed={args.seed}", "-rss_limit_mb=0",
                    "-timeout=60",
                    f"-runs={args.count + 1000}", "-verbosity=0", f"-artifact_prefix={results}/",
-                   str(found), str(CORPUS / args.target)],
+                   str(found)],
                   fuzzer.execute)
     atheris.Fuzz()
 
@@ -143,6 +146,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--guided", action="store_true", help="Guided by coverage; needs atheris.")
     parser.add_argument("--keep", help="Folder for inputs that reach new code.")
+    parser.add_argument("--add", type=Path, help="Put the inputs of this folder into the checked-in corpus.")
     parser.add_argument("--again", type=Path, help="One input that failed before.")
     args = parser.parse_args()
     results = ROOT / "benchmarks" / "results" / "fuzz" / args.target
@@ -150,6 +154,10 @@ def main() -> None:
         from tests.fuzz_targets import run_one
 
         print("accepted" if run_one(args.target, args.again.read_bytes()) else "refused")
+    elif args.add:
+        from tests.fuzz_targets import add_to_corpus
+
+        print(add_to_corpus(args.target, [path.read_bytes() for path in args.add.iterdir()]), "bytes")
     elif args.guided:
         guided(args, results)
     else:

@@ -366,8 +366,20 @@ def quiet() -> None:
 
 
 def corpus(target: str) -> list[bytes]:
-    """The checked-in inputs of a target."""
-    return [path.read_bytes() for path in sorted((CORPUS / target).iterdir())]
+    """The checked-in inputs of a target; in the file, a character stands for a byte."""
+    inputs = json.loads((CORPUS / f"{target}.json").read_text(encoding="utf-8"))
+    return [text.encode("latin-1") for text in inputs]
+
+
+def add_to_corpus(target: str, found: Sequence[bytes], most: int = 16_000) -> int:
+    """Keep the shortest inputs of the corpus and of what was found; returns how many bytes they have together."""
+    chosen: list[bytes] = []
+    for data in sorted({*corpus(target), *found}, key=lambda data: (len(data), data)):
+        if sum(map(len, chosen)) + len(data) <= most:
+            chosen.append(data)
+    text = json.dumps([data.decode("latin-1") for data in chosen], indent=0)
+    (CORPUS / f"{target}.json").write_text(text + "\n", encoding="utf-8")
+    return sum(map(len, chosen))
 
 
 TOKENS = (
