@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffsynth import FluxImagePipeline, ModelConfig, load_component
 from diffsynth.config import TrainConfig
-from diffsynth.diffusion.previews import contact_sheet
+from diffsynth.diffusion.contact_sheet import contact_sheet
 from diffsynth.models.autoencoder_kl import FLUX_VAE
 from diffsynth.models.clip import CLIP_L
 from diffsynth.models.loading import save_component

@@ -20,7 +20,7 @@ from PIL import Image
 
 from diffsynth import FluxImagePipeline, ModelConfig
 from diffsynth.config import TrainConfig
-from diffsynth.diffusion.previews import contact_sheet
+from diffsynth.diffusion.contact_sheet import contact_sheet
 from diffsynth.trainers.run import train
 
 HERE = Path(__file__).resolve().parent
