@@ -56,7 +56,8 @@ class AutoencoderTraining(DiffusionTrainingModule):
         self.pipe.vae = autoencoder
         self.switch_pipe_to_training_mode(self.pipe, trainable_models="vae")
 
-    def collate(self, items: list[torch.Tensor]) -> torch.Tensor:
+    @staticmethod
+    def collate(items: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack(items)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:

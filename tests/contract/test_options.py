@@ -8,10 +8,16 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+from diffsynth.config import GenerateConfig, TrainConfig
 from diffsynth.core.command_line import read_command_line
-from diffsynth.core.errors import UserError, closest
+from diffsynth.core.errors import UserError, closest, num_slips
 from diffsynth.core.options import read_yaml
+from diffsynth.diffusion.optim import build_optimizer
+from diffsynth.trainers.generate import generate
+from diffsynth.trainers.option_checks import NEEDS, check_inputs, check_options
+from diffsynth.trainers.run import load_pipeline_class
 
 from .lora_states import command
 from .schemas import commands, sampled_typos, schema_of, schemas, typed_names, typos
@@ -78,6 +84,69 @@ def test_what_is_looked_at_does_not_change_by_itself(family, observe, witness: W
     assert seen[0] == seen[1]
 
 
+DEPENDENT = [(needed, name) for needed, names in NEEDS.items() for name in names]
+TRAIN = {witness.option: witness for witness in WITNESSES["TrainConfig"]}
+
+
+@pytest.mark.parametrize(("needed", "name"), DEPENDENT, ids=[name for _, name in DEPENDENT])
+def test_option_without_what_it_needs_is_refused_before_anything_is_looked_at(family, observe, needed, name):
+    """With the value that its witness has; and that one is not refused."""
+    base, changed = TRAIN[name].sides(observe.lab)
+    if needed == "lora_base_model":
+        value = changed[name] or "to_q"
+        options = dict(lora_base_model=None, trainable_models=("dit",), **{name: value})
+    else:
+        options = {name: changed[name], needed: type(TrainConfig().__getattribute__(needed))()}
+        assert base.get(needed) or TrainConfig.model_fields[needed].default
+    config = TrainConfig(dataset_base_path="nowhere", model_paths=("nowhere",), **{"lora_base_model": "dit", **options})
+    with pytest.raises(UserError, match=f"--{name} has no effect without --{needed}; set --{needed} or leave"):
+        check_options(config)
+    check_options(config.replace(**{name: TrainConfig.model_fields[name].default}))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (dict(height=512, width=512, max_pixels=65536), "--max_pixels has no effect beside --height and --width"),
+    (dict(cache="off", cache_path="x"), "--cache_path has no effect with --cache off"),
+    (dict(remove_prefix_in_ckpt="pipe.dit.", lora_format="kohya"), "--lora_format has no effect beside"),
+    (dict(remove_prefix_in_ckpt="dit."), r"no name in the saved files begins so; they begin with pipe\.dit\."),
+    (dict(lr_scheduler="constant_with_warmup"), "constant_with_warmup needs --lr_warmup_steps"),
+])
+def test_options_that_contradict_each_other_are_refused(options, message):
+    config = TrainConfig(dataset_base_path="nowhere", model_paths=("nowhere",), lora_base_model="dit", **options)
+    with pytest.raises(UserError, match=message):
+        check_options(config)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (dict(optimizer="LBFGS"), "several times in one step"),
+    (dict(optimizer="Rprop", weight_decay=0.1), "--weight_decay has no effect on Rprop"),
+    (dict(optimizer_args={"lr": 1.0}), "lr is the option --learning_rate"),
+    (dict(optimizer_args={"weight_decay": 0.1}, weight_decay=0.2), "weight_decay is given twice"),
+    (dict(optimizer_args={"epss": 0.1}), "takes no argument 'epss'.* Did you mean 'eps'"),
+])
+def test_option_that_the_optimizer_would_not_heed_is_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        build_optimizer([torch.nn.Parameter(torch.zeros(1))], TrainConfig(**options))
+
+
+def test_input_that_no_unit_reads_is_refused(family):
+    pipe = load_pipeline_class(family.family)()
+    with pytest.raises(UserError, match=f"--extra_inputs depth: the family {family.name} reads no such input"):
+        check_inputs(TrainConfig(extra_inputs="depth"), pipe)
+    for name in ("prompt", "input_image"):
+        assert pipe.reads(name)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (dict(negative_prompt="a toy"), "--negative_prompt has no effect while --cfg_scale is 1"),
+    (dict(denoising_strength=0.5), "no effect without --input_image"),
+    (dict(input_image="nowhere.png"), "--input_image has no effect while --denoising_strength is 1"),
+])
+def test_options_of_drawing_that_would_do_nothing_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        generate(GenerateConfig(model_paths=("nowhere",), **options))
+
+
 @pytest.mark.parametrize("name", schemas())
 def test_one_letter_typos_are_refused_with_the_right_suggestion(name, tmp_path):
     """On the command line, in YAML and in Python; benchmarks/typos.py counts all of them."""
@@ -106,6 +175,18 @@ def test_typos_are_all_that_is_one_slip_away():
     assert {"a", "b", "ba", "aab", "abz", "xb", "_ab"} <= found
     assert "ab" not in found
     assert "" not in found
+
+
+@pytest.mark.parametrize(("word", "meant", "slips"), [
+    ("seed", "seed", 0), ("sed", "seed", 1), ("sseed", "seed", 1), ("sead", "seed", 1), ("esed", "seed", 1),
+    ("deed", "seeds", 2), ("", "ab", 2), ("lora", "rank", 4),
+])
+def test_number_of_slips(word, meant, slips):
+    assert num_slips(word, meant) == num_slips(meant, word) == slips
+
+
+def test_nothing_is_suggested_where_nothing_is_close():
+    assert closest("banana", ["seed", "height"]) is None
 
 
 def test_a_run_is_repeated_from_its_saved_configuration_alone(family, pictures, tmp_path, capsys):
