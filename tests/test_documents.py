@@ -41,7 +41,8 @@ SCHEMAS: dict[str, type[Options]] = {
 }
 TRAIN_SCRIPT = "examples/flux/model_training/train.py"
 OTHER_PROGRAMS = {"accelerate", "cd", "cp", "export", "git", "make", "modelscope", "pip", "python", "tensorboard"}
-OTHER_FLAGS = {"--config_file", "--dataset", "--help", "--print_config", "--local_dir", "--logdir", "--multi_gpu", "--num_processes"}
+OTHER_FLAGS = {"--config_file", "--dataset", "--help", "--local_dir", "--logdir", "--multi_gpu", "--num_processes",
+               "--print_config"}
 """Flags of programs that are not ours, and ours that are no options of a run."""
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 REPOSITORY_PATH = re.compile(r"(?<![\w./-])(?:examples|docs|diffsynth|tests|benchmarks)/[\w./-]+")
