@@ -18,6 +18,7 @@ import torch
 
 from ..config import TrainConfig
 from ..core.data.rows import BadRow, BadRowError
+from ..core.loader import replace_file
 from .step_plan import MicroBatch
 
 if TYPE_CHECKING:
@@ -88,12 +89,11 @@ class ExcludedList:
         excluded = getattr(self.dataset, "excluded", None) or ()
         lines = [json.dumps({**asdict(bad), "found": "before training"}, ensure_ascii=False) for bad in excluded]
         if resumed and self.path.exists():
-            lines += [line for line in self.path.read_text(encoding="utf-8").splitlines()
-                      if json.loads(line)["found"] != "before training"]
+            lines += [line for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+                      if _was_lost_in_training(line)]
         if lines:
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-            partial.replace(self.path)
+            with replace_file(self.path) as file:
+                file.write("".join(line + "\n" for line in lines).encode("utf-8"))
         else:
             self.path.unlink(missing_ok=True)
 
@@ -143,3 +143,12 @@ def plan_without_bad(accelerator: Accelerator, dataset: Any, config: TrainConfig
             if error is not None:
                 raise error
             return cast(Plan, result)
+
+
+def _was_lost_in_training(line: str) -> bool:
+    """Whether a line of an earlier list is to be kept; a last one that a kill cut short is found and written again."""
+    try:
+        return json.loads(line)["found"] != "before training"
+    except json.JSONDecodeError:
+        logger.warning("excluded.jsonl: left out an incomplete line")
+        return False
